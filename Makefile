@@ -1,0 +1,71 @@
+# The front door. `make help` is made from the ## comments below.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+  && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+WORKERS ?= 2
+export PYTHONUTF8 := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup validate test test-slow lint doctor facts list compile selftest snapshot rollback report lock schemas clean
+
+help: ## Show every target with its purpose
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: ## Make the virtual environment (done by the others when needed)
+ifeq ($(strip $(PYTHON)),)
+	@echo "sparkproof set-up: no Python 3.11 to 3.13 was found: sudo apt install python3 python3-venv" >&2; exit 2
+else
+	@$(PYTHON) scripts/setup_env.py $(VENV)
+endif
+
+validate: setup ## Judge this machine: smoke without a GPU, quick with one (ARGS='--profile full')
+	@$(BIN)/sparkproof validate $(ARGS)
+
+test: setup lint ## Run the project's own tests, linter and type checker
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-slow: setup ## Run the tests that take minutes
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
+
+lint: setup ## Run ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+doctor: setup ## Find known failures of this machine, with their fixes
+	@$(BIN)/sparkproof doctor $(ARGS)
+
+facts: setup ## Show what was read of this machine
+	@$(BIN)/sparkproof facts $(ARGS)
+
+list: setup ## List the cases of a profile
+	@$(BIN)/sparkproof list $(ARGS)
+
+compile: setup ## Compile every kernel for sm_121 and hold it to GB10's limits (no GPU needed)
+	@$(BIN)/sparkproof compile $(ARGS)
+
+selftest: setup ## Prove that the kernel tests catch planted faults
+	@$(BIN)/sparkproof selftest kernels $(ARGS)
+
+snapshot: setup ## Record what is installed, before trying anything
+	@$(BIN)/sparkproof snapshot $(ARGS)
+
+rollback: setup ## Show (or, with ARGS=--yes, carry out) the way back to the snapshot
+	@$(BIN)/sparkproof rollback $(ARGS)
+
+report: setup ## Rebuild the views of the latest run
+	@$(BIN)/sparkproof report $(ARGS)
+
+lock: ## Regenerate the hash lock (needs uv)
+	env -u PIP_FIND_LINKS -u UV_FIND_LINKS uv pip compile pyproject.toml requirements/torch.in --extra embedded --extra dev \
+	  --universal --python-version 3.11 --generate-hashes --override requirements/overrides.txt --no-annotate \
+	  --custom-compile-command "make lock" -o requirements/lock.txt
+
+schemas: setup ## Regenerate the committed JSON Schemas
+	@$(BIN)/sparkproof schemas
+
+clean: ## Remove the virtual environment and caches of this checkout (reports stay)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Measuring: memory, time, canaries, statistics."""

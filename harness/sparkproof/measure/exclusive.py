@@ -1,0 +1,65 @@
+"""Who may use the machine now: one run at a time, and a GPU to itself for whatever is timed.
+
+Locks are flock(2) on files in a per-user folder, so they vanish with the process that held them, however it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from sparkproof.errors import UserError
+
+
+def lock_dir() -> Path:
+    """Folder of the locks; `SPARKPROOF_LOCK_DIR` moves it."""
+    explicit = os.environ.get("SPARKPROOF_LOCK_DIR")
+    path = Path(explicit) if explicit else Path(tempfile.gettempdir()) / f"sparkproof-{os.getuid()}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def only_run(what: str, wait: bool = False) -> Iterator[None]:
+    """Hold the machine's run lock; a second run ends with one sentence that names the first, or waits."""
+    path = lock_dir() / "run.lock"
+    with open(path, "a+", encoding="utf-8") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(
+                f"Another run is in progress{_holder(f)}, and two would disturb each other's memory and timings.",
+                "Wait for it to end, or add --wait.",
+            ) from None
+        f.seek(0)
+        f.truncate()
+        json.dump({"pid": os.getpid(), "what": what, "since": time.strftime("%H:%M:%S")}, f)
+        f.flush()
+        try:
+            yield
+        finally:
+            f.seek(0)
+            f.truncate()
+
+
+def _holder(f: IO[str]) -> str:
+    with contextlib.suppress(ValueError, KeyError):
+        f.seek(0)
+        d = json.load(f)
+        return f" (process {d['pid']}, {d['what']}, since {d['since']})"
+    return ""
+
+
+@contextlib.contextmanager
+def gpu_lock(exclusive: bool) -> Iterator[None]:
+    """Hold the GPU: alone for a timed case, shared for correctness cases."""
+    with open(lock_dir() / "gpu.lock", "a", encoding="utf-8") as f:
+        fcntl.flock(f, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield

@@ -1,0 +1,252 @@
+"""`sparkproof validate` from request to exit code: facts, selection, one pytest session, record, views, verdict."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sparkproof import catalog, plugin
+from sparkproof.controller import Controller, default_profile
+from sparkproof.errors import UserError
+from sparkproof.facts.collect import collect, load
+from sparkproof.facts.model import Facts
+from sparkproof.match import unmet
+from sparkproof.measure.exclusive import only_run
+from sparkproof.measure.memory import default_floor_gib
+from sparkproof.profiles import load_profile
+from sparkproof.report import record as records
+from sparkproof.report.views import write_all
+from sparkproof.scenario import Case, EngineName, Profile
+from sparkproof.session import RunSession, Settings
+
+
+@dataclass
+class Request:
+    """What the command line asked for."""
+
+    names: list[str] = field(default_factory=list)
+    profile: Profile | None = None
+    kinds: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    engine: str = ""
+    model: str = ""
+    revision: str = ""
+    steps: int = 0
+    resume: str = ""
+    reports: Path = Path("reports")
+    scenarios: Path | None = None
+    workers: int = 0
+    memory_floor_gib: float | None = None
+    strict: bool = False
+    facts: Path | None = None
+    wait: bool = False
+
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """Fields of training scenarios that the command line sets."""
+        fields: dict[str, Any] = {}
+        if self.model:
+            fields["model"] = self.model
+            fields["revision"] = self.revision or ("main" if "/" in self.model else "")
+        if self.steps:
+            fields["steps"] = self.steps
+        return {"train": fields} if fields else {}
+
+
+def select(request: Request, root: Path, profile: Profile) -> tuple[catalog.Catalog, list[Case]]:
+    """The cases that a request means. Errors: UserError for unknown names, kinds and engines, or when nothing is left."""
+    for kind in request.kinds:
+        if kind not in catalog.KIND_ORDER:
+            raise UserError(f"Unknown kind '{kind}'.", catalog.nearest(kind, catalog.KIND_ORDER))
+    engines = list(EngineName.__args__)  # type: ignore[attr-defined]
+    if request.engine and request.engine not in engines:
+        raise UserError(f"Unknown engine '{request.engine}'.", catalog.nearest(request.engine, engines))
+    found = catalog.load(root, request.overrides())
+    known_tags = sorted({t for c in found.cases.values() for t in c.scenario.tags})
+    for tag in request.tags:
+        if tag not in known_tags:
+            raise UserError(f"No scenario has the tag '{tag}'.", catalog.nearest(tag, known_tags))
+    cases = found.select(profile=profile, patterns=request.names, kinds=request.kinds, tags=request.tags)
+    if request.engine:
+        cases = [c for c in cases if getattr(c.scenario, "engine", None) == request.engine]
+    if not cases and not found.problems:
+        raise UserError("Nothing is selected.", "`sparkproof list` shows every case and its profile.")
+    return found, cases
+
+
+def dry_run(request: Request) -> int:
+    """Say what would run and what would be skipped and why; run nothing."""
+    facts = load(request.facts) if request.facts else collect()
+    root = catalog.scenarios_root(request.scenarios)
+    profile = request.profile or default_profile(facts)
+    found, cases = select(request, root, profile)
+    console = Console()
+    console.print(f"{escape(facts.device_sentence())}; profile {profile.value}")
+    table = Table("case", "would", "why", box=None, pad_edge=False)
+    skipped = 0
+    for case in cases:
+        lacking = unmet(case.scenario.requires, facts)
+        skipped += bool(lacking)
+        why = f"{lacking[0].value}: {lacking[1]}" if lacking else ""
+        table.add_row(escape(case.name), "be skipped" if lacking else "run", escape(why))
+    console.print(table)
+    for p in found.problems:
+        console.print(f"[red]wrong:[/red] {escape(str(p))}")
+    console.print(f"{len(cases) - skipped} would run, {skipped} would be skipped, {len(found.problems)} files are wrong.")
+    return 2 if found.problems else 0
+
+
+def validate(request: Request) -> int:
+    """Run it. Returns the exit code: 0, 1, 2, 3, or 130 after Ctrl-C."""
+    if request.facts:
+        raise UserError("--facts goes with --dry-run.", "A real run reads this machine's own facts.")
+    signal.signal(signal.SIGTERM, _terminate)
+    with only_run("sparkproof validate", wait=request.wait):
+        _preflight_model(request)
+        console = Console(stderr=True)
+        with console.status("reading this machine ...") if console.is_terminal else suppress():
+            facts = collect()
+        controller = resume(request, facts) if request.resume else start(request, facts)
+        return execute(controller, request.workers)
+
+
+def _preflight_model(request: Request) -> None:
+    """A model named on the command line is fetched first, so that a wrong name costs seconds and not a run."""
+    if request.model:
+        from sparkproof.engines.pretrained import resolve
+        from sparkproof.session import default_cache_dir
+
+        resolve(request.model, request.overrides()["train"]["revision"], default_cache_dir())
+
+
+def start(request: Request, facts: Facts) -> Controller:
+    """A new run."""
+    root = catalog.scenarios_root(request.scenarios)
+    profile = request.profile or default_profile(facts)
+    found, cases = select(request, root, profile)
+    whole = not (request.names or request.kinds or request.tags or request.engine)
+    settings = Settings(
+        run_dir=records.new_run_dir(request.reports),
+        scenarios=root,
+        profile=profile,
+        selected=None if whole else [c.name for c in cases],
+        overrides=request.overrides(),
+        memory_floor_gib=request.memory_floor_gib or default_floor_gib(facts.memory.total_gib),
+        strict=request.strict,
+        facts=facts,
+    )
+    controller = Controller.live(RunSession(settings), load_profile(root, profile))
+    controller.announce(cases, found.problems)
+    return controller
+
+
+def resume(request: Request, facts: Facts) -> Controller:
+    """Go on with an earlier run: only cases without a result, or whose scenario changed, run."""
+    run_dir = records.find_run(request.resume, request.reports)
+    recorder, before = records.Recorder.resume(run_dir)
+    root = catalog.scenarios_root(request.scenarios)
+    found = catalog.load(root, request.overrides())
+    missing = [n for n in before.to_run({c.name: catalog.digest(c) for c in found.cases.values()}) if n in found.cases]
+    settings = Settings(
+        run_dir=run_dir,
+        scenarios=root,
+        profile=before.profile,
+        selected=missing,
+        overrides=request.overrides(),
+        memory_floor_gib=request.memory_floor_gib or default_floor_gib(facts.memory.total_gib),
+        strict=request.strict or before.strict,
+        facts=facts,
+    )
+    controller = Controller.live(RunSession(settings), load_profile(root, before.profile), recorder, before)
+    controller.announce([found.cases[n] for n in missing], found.problems)
+    return controller
+
+
+def execute(controller: Controller, workers: int) -> int:
+    """One pytest session over the scenarios, silent but for our own reporter; always ends with a closed record."""
+    if not controller.expected:
+        return controller.finish()
+    root = controller.session.settings.scenarios.resolve()
+    arguments = [
+        str(root),
+        "-c", str(_empty_ini(controller)),
+        f"--rootdir={root.parent}",
+        "-p", "no:cacheprovider",
+        "--capture=no",
+        "--continue-on-collection-errors",
+        "-q",
+    ]  # fmt: skip
+    if workers > 1:
+        arguments += ["-n", str(workers), "--dist", "load"]
+    guest = Guest(controller)
+    code = int(pytest.main(arguments, plugins=[guest]))
+    if controller.exit_code is None:  # pytest ended before its sessionfinish: what was measured is closed all the same
+        controller.interrupted = controller.interrupted or code == pytest.ExitCode.INTERRUPTED
+        controller.finish()
+    if controller.fatal is not None:
+        raise controller.fatal
+    if guest.internal_error:
+        print(f"error: pytest failed inside: {guest.internal_error}", file=sys.stderr)
+        return 2
+    assert controller.exit_code is not None
+    return controller.exit_code
+
+
+class Guest:
+    """A plugin of this one pytest session: brings the controller, silences pytest's terminal."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+        self.internal_error = ""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Adopt the run before anything is collected."""
+        plugin.adopt(config, self.controller)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """Take pytest's own reporter away: the run has one, and two would interleave."""
+        manager = session.config.pluginmanager
+        reporter = manager.get_plugin("terminalreporter")
+        if reporter is not None:
+            manager.unregister(reporter)
+
+    def pytest_internalerror(self, excrepr: Any) -> None:
+        """Keep what pytest would have printed."""
+        self.internal_error = str(excrepr).strip().splitlines()[-1]
+
+
+def _empty_ini(controller: Controller) -> Path:
+    """A configuration of our own, so that no pytest.ini or pyproject.toml nearby changes how a run behaves."""
+    path = controller.session.settings.run_dir / "pytest.ini"
+    path.write_text("[pytest]\n", encoding="utf-8")
+    return path
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """A polite kill ends a run as Ctrl-C does: with a record, views and exit code 130."""
+    raise KeyboardInterrupt
+
+
+def report(which: str, reports: Path, json_out: bool) -> int:
+    """Rebuild the views of a run; say where they are and what the run found."""
+    run_dir = records.find_run(which, reports)
+    record = records.load(run_dir)
+    paths = write_all(record, run_dir)
+    if json_out:
+        print(paths["report.json"].read_text(encoding="utf-8"))
+    else:
+        for path in paths.values():
+            print(path)
+        print(record.sentence)
+    return 0

@@ -1,0 +1,221 @@
+"""The scenario schema: one YAML file, one scenario; a matrix makes it several cases.
+
+A scenario is data only. Its `kind` chooses the model below (a discriminated union), its path under `scenarios/` is its
+name, and each key of its `matrix` must be a field of that kind: expansion overrides the field with every value in turn,
+so `matrix: {dtype: [fp32, bf16]}` gives `kernels/rms_norm[dtype=fp32]` and `kernels/rms_norm[dtype=bf16]`. Names depend on
+the file alone, never on order or on the machine.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, model_validator
+
+from sparkproof.results import Strict
+
+
+class Profile(StrEnum):
+    """Nested levels: a case of `smoke` also runs in `quick`, `full` and `soak`."""
+
+    SMOKE = "smoke"
+    QUICK = "quick"
+    FULL = "full"
+    SOAK = "soak"
+
+    @property
+    def level(self) -> int:
+        """Position in the nesting, 0 for smoke."""
+        return list(Profile).index(self)
+
+
+DType = Literal["fp32", "fp16", "bf16"]
+EngineName = Literal["hf", "liger", "unsloth", "sparktune"]
+
+
+class Requires(Strict):
+    """Capabilities a case needs; one that Facts lack skips the case with that reason class."""
+
+    gpu: bool = Field(default=False, description="A CUDA GPU that torch can use.")
+    min_compute_capability: float | None = Field(default=None, description="Lowest CUDA compute capability, e.g. 8.0.")
+    unified_memory: bool = Field(default=False, description="CPU and GPU share one memory pool (GB10).")
+    arch: list[Literal["aarch64", "x86_64"]] = Field(default_factory=list, description="CPU architectures; empty: any.")
+    memory_gib: float = Field(default=0, ge=0, description="Memory that must be available before the start, in GiB.")
+    gpu_memory_gib: float = Field(default=0, ge=0, description="GPU memory that must be free (the pool, if unified), GiB.")
+    disk_gib: float = Field(default=0, ge=0, description="Free disk under the reports folder, in GiB.")
+    network: bool = Field(default=False, description="The Hugging Face hub must be reachable.")
+    container_engine: bool = Field(default=False, description="Docker or Podman must answer.")
+    packages: list[str] = Field(default_factory=list, description="Python distributions that must be installed.")
+
+
+class ScenarioBase(Strict):
+    """What every kind has."""
+
+    summary: str = Field(description="One sentence: what passing this proves.", min_length=10)
+    profile: Profile = Field(default=Profile.SMOKE, description="The lowest profile that runs it.")
+    tags: list[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]] = Field(
+        default_factory=list, description="Words to select by; they become pytest marks, so letters, digits and _ only."
+    )
+    requires: Requires = Field(default_factory=Requires, description="Capabilities matched against Facts.")
+    timeout_s: float = Field(default=300, gt=0, description="Wall-clock limit of one case, in seconds.")
+    matrix: dict[str, list[Any]] = Field(default_factory=dict, description="Field -> values; the product makes the cases.")
+
+    @property
+    def timed(self) -> bool:
+        """Whether the case measures speed and so must have its GPU to itself."""
+        return False
+
+
+class EnvironmentScenario(ScenarioBase):
+    """Checks of the machine: each named check must not report a finding of severity `error`."""
+
+    kind: Literal["environment"]
+    topic: str = Field(description="Topic of checks to run (a file of `checks/`), or 'all'.")
+
+
+class KernelScenario(ScenarioBase):
+    """One op of sparktune, proven against its reference."""
+
+    kind: Literal["kernel"]
+    op: str = Field(description="Name of the op: a file of kernels/sparktune/ops/.")
+    task: Literal["correctness", "mutants", "compile", "speed"] = Field(
+        default="correctness",
+        description="correctness: against the oracle; mutants: every planted fault must be caught; "
+        "compile: ahead of time, held to the target's limits; speed: against this device's own copy bandwidth.",
+    )
+    dtype: DType = Field(default="fp32", description="Element type of the activations.")
+    variant: str = Field(default="", description="Variant of the op, e.g. 'llama' or 'gemma' for rms_norm; empty: all.")
+    arch: list[str] = Field(default_factory=lambda: ["sm_121"], description="Targets of the compile task.")
+    min_copy_fraction: float = Field(
+        default=0.0, ge=0, le=1, description="speed: lowest fraction of this device's measured copy bandwidth, 0 to 1."
+    )
+
+    @property
+    def timed(self) -> bool:
+        return self.task == "speed"
+
+
+class LoraSpec(Strict):
+    """LoRA hyperparameters."""
+
+    rank: int = Field(default=16, ge=1, description="Rank r.")
+    alpha: float = Field(default=32, gt=0, description="Scale numerator: the update is alpha / rank * B A x.")
+    target_modules: list[str] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        description="Linear modules that get adapters.",
+    )
+
+
+class LearningGate(Strict):
+    """What a training run must show. Exit code 0 is not among it."""
+
+    first_loss: tuple[float, float] = Field(description="Band of the first step's loss, in nats a token.")
+    first_grad_norm: tuple[float, float] = Field(description="Band of the first step's gradient norm.")
+    min_loss_fall: float = Field(
+        gt=0, description="Mean loss of the first fifth of the steps less that of the last fifth, at least, in nats."
+    )
+    canary_prompt: str = Field(description="Question whose answer the base model cannot know.")
+    canary_answer: str = Field(description="Answer that is absent before training and generated after.")
+    repeat_steps: int = Field(
+        default=5, ge=0, description="Steps that a second fresh process repeats bit for bit; 0: the engine promises none."
+    )
+    parity_loss: float = Field(default=0.02, gt=0, description="Largest step-0 loss difference from hf, in nats.")
+    parity_grad: float = Field(default=0.02, gt=0, description="Largest relative L2 difference of all LoRA gradients from hf.")
+
+
+class TrainScenario(ScenarioBase):
+    """A short QLoRA run that must learn."""
+
+    kind: Literal["train"]
+    model: str = Field(default="embedded:smollm2-135m", description="'embedded:smollm2-135m', a folder, or a hub id.")
+    revision: str = Field(default="", description="Hub commit of the model; required for a hub id.")
+    engine: EngineName = Field(default="hf", description="Which engine trains.")
+    dataset: str = Field(default="chatterbot:english", description="'chatterbot:english', or a JSON Lines file of messages.")
+    steps: int = Field(default=40, ge=5, description="Optimiser steps.")
+    batch: int = Field(default=2, ge=1, description="Rows a step.")
+    seq_len: int = Field(default=64, ge=16, description="Tokens a row, at most; longer conversations are cut.")
+    learning_rate: float = Field(default=2e-3, gt=0, description="AdamW's peak learning rate.")
+    seed: int = Field(default=1234, description="Seed of LoRA's A, of the data order and of dropout.")
+    load_in_4bit: bool = Field(default=True, description="NF4 base with double quantisation; otherwise 16 bits.")
+    lora: LoraSpec = Field(default_factory=LoraSpec)
+    gate: LearningGate
+
+    @property
+    def timed(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def _validate_revision(self) -> TrainScenario:
+        is_hub_id = "/" in self.model and not self.model.startswith(("embedded:", "/", "./", "~"))
+        if is_hub_id and not self.revision:
+            raise ValueError("a hub model needs `revision`, the commit it was tested at")
+        return self
+
+
+class ExportScenario(ScenarioBase):
+    """What was trained goes out in a format and comes back through its real consumer."""
+
+    kind: Literal["export"]
+    source: str = Field(description="Name of the train case whose adapter is exported.")
+    format: Literal["adapter", "merged_16bit", "gguf_f16", "gguf_q8_0"] = Field(description="What is written.")
+    consumer: Literal["transformers", "peft", "llama.cpp"] = Field(description="What loads it, in a fresh process.")
+    reference: Literal["base16+adapter", "base4+adapter"] = Field(
+        default="base16+adapter",
+        description="What it must agree with: merging happens into the 16-bit base, training ran over the 4-bit one.",
+    )
+    max_kl: float = Field(gt=0, description="Largest mean KL(reference || exported) over positions, in nats.")
+    clear_margin: float = Field(default=0.5, gt=0, description="Top-1 must agree where the reference leads by this, in nats.")
+    prompts: list[str] = Field(
+        default_factory=lambda: [
+            "What is the capital of France?",
+            "Write 3 numbers: 12, 4096 and 007.",
+            "Say hello in Chinese (你好) and with an emoji 🙂.",
+        ],
+        description="Texts whose next-token distributions are compared.",
+        min_length=1,
+    )
+
+
+class RollbackScenario(ScenarioBase):
+    """What an uninstall leaves behind, on a throwaway environment."""
+
+    kind: Literal["rollback"]
+    procedure: Literal["playbook", "sparkproof"] = Field(description="Which way back is tried.")
+    packages: Literal["stand-in", "real"] = Field(
+        default="stand-in",
+        description="stand-in: empty wheels with the recorded dependency graph, offline; real: from the package index.",
+    )
+    expect: Literal["leftovers", "clean"] = Field(description="What the diff against the snapshot must show.")
+
+
+Scenario = Annotated[
+    EnvironmentScenario | KernelScenario | TrainScenario | ExportScenario | RollbackScenario,
+    Field(discriminator="kind"),
+]
+SCENARIO_ADAPTER: TypeAdapter[Scenario] = TypeAdapter(Scenario)
+KINDS: dict[str, type[ScenarioBase]] = {
+    "environment": EnvironmentScenario,
+    "kernel": KernelScenario,
+    "train": TrainScenario,
+    "export": ExportScenario,
+    "rollback": RollbackScenario,
+}
+
+
+class Case(Strict):
+    """One expanded scenario: what a runner gets."""
+
+    name: str = Field(description="Stable and unique: path under scenarios/ without .yaml, then [field=value,...].")
+    file: str = Field(description="Path of the YAML file.")
+    scenario: Scenario
+
+    @property
+    def kind(self) -> str:
+        """The scenario's kind."""
+        return self.scenario.kind
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder name."""
+        return "".join(c if c.isalnum() or c in "._-" else "-" for c in self.name).strip("-")

@@ -1,0 +1,151 @@
+"""One run: its settings, its surroundings, and how a single case goes through it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from pydantic import Field
+
+from sparkproof import catalog
+from sparkproof.errors import UserError
+from sparkproof.facts.model import Facts
+from sparkproof.match import unmet
+from sparkproof.measure.exclusive import gpu_lock
+from sparkproof.measure.memory import default_floor_gib
+from sparkproof.results import CaseResult, ReasonClass, Strict, Verdict
+from sparkproof.runners.base import Context
+from sparkproof.runners.registry import runner
+from sparkproof.scenario import Case, Profile
+
+
+def default_cache_dir() -> Path:
+    """Where converted models are kept between runs: `SPARKPROOF_CACHE`, else the user's cache folder."""
+    return Path(os.environ.get("SPARKPROOF_CACHE") or platformdirs.user_cache_dir("sparkproof"))
+
+
+class Settings(Strict):
+    """Everything a worker process needs to run cases of this run; travels as JSON."""
+
+    run_dir: Path
+    scenarios: Path
+    profile: Profile
+    selected: list[str] | None = Field(default=None, description="Names to run; None: all of the profile.")
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Kind -> fields set by the command line.")
+    cache_dir: Path = Field(default_factory=default_cache_dir)
+    memory_floor_gib: float = Field(default_factory=default_floor_gib)
+    strict: bool = False
+    facts: Facts
+
+
+class RunSession:
+    """Runs cases. It neither records nor prints: that is for whoever holds it."""
+
+    def __init__(self, settings: Settings, progress: Callable[[str], None] = lambda text: None) -> None:
+        self.settings = settings
+        self.catalog = catalog.load(settings.scenarios, settings.overrides)
+        self.context = Context(
+            run_dir=settings.run_dir,
+            facts=settings.facts,
+            cache_dir=settings.cache_dir,
+            memory_floor_gib=settings.memory_floor_gib,
+            progress=progress,
+            cases=self.catalog.cases,
+        )
+
+    def wanted(self, case: Case) -> bool:
+        """Whether the run's profile or selection asks for this case."""
+        if self.settings.selected is not None:
+            return case.name in self.settings.selected
+        return case.scenario.profile.level <= self.settings.profile.level
+
+    def run(self, case: Case) -> CaseResult:
+        """Match, lock, run, and finish the result; never raises but for Ctrl-C."""
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        clock = time.monotonic()
+        result = self._run(case)
+        if result.verdict is Verdict.PASSED and not result.assertions:
+            result.verdict, result.reason = Verdict.BROKEN, "The case asserted nothing."
+        if result.verdict is Verdict.SKIPPED and result.reason_class is None:
+            result.verdict, result.reason = Verdict.BROKEN, f"Skipped without a reason class: {result.reason}"
+        result.started, result.duration_s = started, round(time.monotonic() - clock, 3)
+        result.rerun = rerun_command(case.name, self.settings)
+        return result
+
+    def _run(self, case: Case) -> CaseResult:
+        facts = self.settings.facts
+        lacking = unmet(case.scenario.requires, facts)
+        if lacking:
+            return CaseResult(
+                name=case.name,
+                kind=case.kind,
+                verdict=Verdict.SKIPPED,
+                reason_class=lacking[0],
+                reason=lacking[1],
+                next_step="Run it on a machine that has what it needs; nothing is wrong with this one.",
+            )
+        uses_gpu = facts.gpu is not None and case.kind in ("kernel", "train", "export")
+        try:
+            with gpu_lock(exclusive=case.scenario.timed) if uses_gpu else nullcontext():
+                return runner(case.kind)(case, self.context)
+        except UserError as e:
+            reason = ReasonClass(e.skip_class) if e.skip_class else None
+            return CaseResult(
+                name=case.name,
+                kind=case.kind,
+                verdict=Verdict.SKIPPED if reason else Verdict.BROKEN,
+                reason_class=reason,
+                reason=e.message,
+                next_step=e.fix,
+            )
+        except Exception as e:
+            return CaseResult(
+                name=case.name,
+                kind=case.kind,
+                verdict=Verdict.BROKEN,
+                reason=f"The harness itself failed: {type(e).__name__}: {e}",
+                next_step="This says nothing about the machine. Please report it with the traceback in the record.",
+                traceback=traceback.format_exc()[-8000:],
+            )
+
+
+def broken_file(problem: catalog.Problem) -> CaseResult:
+    """The result of a scenario file that could not be used."""
+    return CaseResult(
+        name=f"{Path(problem.file).with_suffix('').as_posix()}:{problem.line}",
+        kind="scenario",
+        verdict=Verdict.BROKEN,
+        reason=str(problem),
+        next_step=f"Correct line {problem.line} of {problem.file}; `sparkproof list` checks all scenarios at once.",
+    )
+
+
+def program() -> str:
+    """How the reader calls this program from where they are."""
+    if shutil.which("sparkproof"):
+        return "sparkproof"
+    here = Path(sys.executable).with_name("sparkproof")
+    if here.exists():
+        relative = os.path.relpath(here)
+        return relative if not relative.startswith("../..") else str(here)
+    return "python -m sparkproof"
+
+
+def rerun_command(name: str, settings: Settings) -> str:
+    """The exact command that runs one case again."""
+    parts = [program(), "validate", shlex.quote(name)]
+    for fields in settings.overrides.values():
+        for key in ("model", "revision", "steps"):
+            if key in fields:
+                parts.append(f"--{key} {shlex.quote(str(fields[key]))}")
+    return " ".join(parts)
