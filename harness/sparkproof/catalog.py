@@ -111,6 +111,8 @@ def nearest(word: str, known: Iterable[str], label: str = "Did you mean") -> str
     """'Did you mean X?' for a mistyped name, or the list when nothing is near and it is short."""
     known = list(known)
     hits = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    score = [difflib.SequenceMatcher(None, word, h).ratio() for h in hits]
+    hits = [h for h, s in zip(hits, score, strict=True) if s > score[0] - 0.15]  # a near hit silences far ones
     if hits:
         return f"{label} {' or '.join(repr(h) for h in hits)}?"
     return f"Known: {', '.join(known)}." if 0 < len(known) <= 12 else ""

@@ -6,6 +6,7 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -185,6 +186,8 @@ def execute(controller: Controller, workers: int) -> int:
         "--continue-on-collection-errors",
         "-q",
     ]  # fmt: skip
+    if not entry_points(group="pytest11", name="sparkproof"):  # run from a checkout that is not installed
+        arguments += ["-p", "sparkproof.plugin"]
     if workers > 1:
         arguments += ["-n", str(workers), "--dist", "load"]
     guest = Guest(controller)

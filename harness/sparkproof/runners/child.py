@@ -72,4 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # As `__main__` this file is not the module that others import `under_test` from: run that one.
+    from sparkproof.runners import child
+
+    sys.exit(child.main())
