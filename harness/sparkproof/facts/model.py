@@ -1,7 +1,7 @@
 """What is known of a machine: plain data, made once by `collect`, saved, replayed and judged anywhere.
 
-Every field that a probe may fail to read is optional. `None` means "not read", never "no"; `Facts.errors` says why. Sizes
-are in GiB (2**30 bytes) unless the name says otherwise.
+Every field that a probe may fail to read is optional. `None` means "not read", never "no"; `Facts.errors` says why.
+Sizes are in GiB (2**30 bytes) unless the name says otherwise.
 """
 
 from __future__ import annotations

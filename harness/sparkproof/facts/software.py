@@ -1,0 +1,92 @@
+"""Installed Python distributions, Python itself, the C compiler, and what bitsandbytes ships."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
+from sparkproof.facts.host import Host
+from sparkproof.facts.model import Bitsandbytes, Compiler, Python
+
+COMPILER_TIMEOUT_S = 5
+
+
+def read_packages() -> dict[str, str]:
+    """Normalised name -> version; the first on the import path wins, as it does for import."""
+    found: dict[str, str] = {}
+    for d in importlib.metadata.distributions():
+        name = d.metadata["Name"] if d.metadata else None
+        if name:
+            found.setdefault(canonicalize_name(name), d.version or "unknown")
+    return dict(sorted(found.items()))
+
+
+def read_conflicts(packages: dict[str, str]) -> list[str]:
+    """Stated requirements (markers applied, extras left out) that the installed versions do not meet."""
+    conflicts = []
+    for name, version in packages.items():
+        try:
+            requires = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for text in requires:
+            try:
+                r = Requirement(text)
+            except InvalidRequirement:
+                continue
+            if r.marker is not None and not r.marker.evaluate({"extra": ""}):
+                continue
+            have = packages.get(canonicalize_name(r.name))
+            if have is None:
+                conflicts.append(f"{name} {version} needs {r.name}, which is not installed")
+            elif have != "unknown" and not r.specifier.contains(have, prereleases=True):
+                conflicts.append(f"{name} {version} needs {r.name}{r.specifier}, but {have} is installed")
+    return sorted(conflicts)
+
+
+def read_python(host: Host, packages: dict[str, str]) -> Python:
+    """Version, headers for building extensions, and whether pip may install here."""
+    expected = sysconfig.get_paths()["include"]
+    in_venv = sys.prefix != sys.base_prefix
+    marker = Path(sysconfig.get_path("stdlib", sysconfig.get_default_scheme())) / "EXTERNALLY-MANAGED"
+    return Python(
+        version=sys.version.split()[0],
+        executable=sys.executable,
+        headers=expected if host.exists(f"{expected}/Python.h") else None,
+        headers_expected=expected,
+        externally_managed=not in_venv and marker.exists(),
+        virtual_environment=in_venv,
+        requirement_conflicts=read_conflicts(packages) if packages else None,
+    )
+
+
+def read_compiler(host: Host) -> Compiler:
+    """$CC, else the first of cc, gcc, clang."""
+    chosen = host.environ.get("CC", "").split()[:1] or ["cc", "gcc", "clang"]
+    path = next((p for p in map(host.which, chosen) if p), None)
+    if path is None:
+        return Compiler(searched=True)
+    lines = host.run([path, "--version"], COMPILER_TIMEOUT_S).out.splitlines()
+    return Compiler(path=path, version=lines[0] if lines else None, searched=True)
+
+
+def read_bitsandbytes(packages: dict[str, str]) -> Bitsandbytes:
+    """Its files alone: importing it would import torch."""
+    version = packages.get("bitsandbytes")
+    if version is None:
+        return Bitsandbytes()
+    root = Path(str(importlib.metadata.distribution("bitsandbytes").locate_file("bitsandbytes")))
+    libraries = [
+        m.group(1)
+        for p in sorted(root.glob("libbitsandbytes_*"))
+        if (m := re.match(r"libbitsandbytes_(\w+)\.", p.name))
+    ]
+    source = root / "nn" / "modules.py"
+    repacks = "has_avx512bf16" in source.read_text(encoding="utf-8") if source.exists() else None
+    return Bitsandbytes(version=version, libraries=libraries, repacks_on_avx512_bf16=repacks)
