@@ -26,9 +26,9 @@ from typing import Any, Literal
 from sparkproof import __version__
 from sparkproof.errors import UserError
 from sparkproof.facts.model import Facts
-from sparkproof.report.model import EndLine, Header, Planned, ResultLine, ResumedLine, RunRecord, load
 from sparkproof.report.redact import Redactor
 from sparkproof.report.rundir import RECORD, find_run, new_run_dir, point_latest, storage_error
+from sparkproof.report.runrecord import EndLine, Header, Planned, ResultLine, ResumedLine, RunRecord, load
 from sparkproof.results import CaseResult, Strict
 from sparkproof.scenario import Profile
 
@@ -186,7 +186,7 @@ def _dump(document: Any) -> bytes:
 
 
 def spell_non_finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become 'NaN', 'Infinity' and '-Infinity', which pydantic reads as numbers."""
+    """JSON has no NaN and no infinity: they become 'NaN', 'Infinity', '-Infinity', which pydantic reads as numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):

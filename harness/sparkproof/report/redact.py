@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from sparkproof.results import ReasonClass, Verdict
+from sparkproof.scenario import KINDS, Profile
+
 SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|TOKENS|SECRET|SECRETS|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY|AUTH)($|_)"
     r"|PASSWORD|APIKEY",
@@ -42,6 +45,11 @@ QUERY = re.compile(
     r"([?&](?:token|access_token|api_?key|password|secret|sig|signature|x-amz-[a-z-]+|policy|key-pair-id)=)[^\s&'\"<>#]+",
     re.IGNORECASE,
 )
+FIELD_NAME = re.compile(r"[a-z][a-z0-9_]{,40}")
+VOCABULARY = frozenset({*Verdict, *ReasonClass, *Profile, *KINDS}) | {
+    "run", "case", "resumed", "end", "device", "speed", "profile", "selection", "docker", "podman", "scenario", "gpu",
+    "interpreter", "ahead-of-time", "reference", "host",
+}  # fmt: skip
 ASSIGNED = re.compile(r"\b([A-Z][A-Z0-9_]*)=(['\"]?)([^\s'\"]{4,})\2")
 
 
@@ -80,14 +88,17 @@ class Redactor:
         return ASSIGNED.sub(lambda m: f"{m[1]}=[redacted]" if is_secret_name(m[1]) else m[0], s)
 
     def data(self, value: Any) -> Any:
-        """The same for a JSON-like value; keys included."""
+        """The same for a JSON-like value, keys included; words of the schema stay, whatever a password may be."""
         if isinstance(value, str):
-            return self.text(value)
+            return value if value in VOCABULARY else self.text(value)
         if isinstance(value, Mapping):
-            return {self.text(k) if isinstance(k, str) else k: self._entry(k, v) for k, v in value.items()}
+            return {self._key(k): self._entry(k, v) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self.data(v) for v in value]
         return value
+
+    def _key(self, key: Any) -> Any:
+        return self.text(key) if isinstance(key, str) and not FIELD_NAME.fullmatch(key) else key
 
     def _entry(self, key: Any, value: Any) -> Any:
         """A value under a key that is itself the name of a secret variable is gone whatever it looks like."""

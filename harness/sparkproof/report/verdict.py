@@ -158,6 +158,9 @@ def can_fine_tune(facts: Facts, results: list[CaseResult], missing: list[str]) -
 
 
 def _names(results: list[CaseResult]) -> str:
+    bases = {r.name.partition("[")[0] for r in results}
+    if len(bases) == 1 and len(results) > 1:
+        return f"{bases.pop()} with {' and '.join(r.name.partition('[')[2].removesuffix(']') for r in results)}"
     shown = [r.name for r in results[:2]]
     if len(results) > 2:
         return f"{', '.join(shown)} and {len(results) - 2} more"

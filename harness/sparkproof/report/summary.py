@@ -1,0 +1,151 @@
+"""`summary.md`: the run for a merge request or a GitHub step summary; the verdict, then failures, then the rest.
+
+GitHub drops a step summary over 1,024 KiB whole, so this one is cut below that, from its end: what failed stands first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from sparkproof.report.runrecord import RunRecord
+from sparkproof.report.words import (
+    KIND_TITLES,
+    SYMBOLS,
+    by_urgency,
+    clean,
+    duration,
+    held,
+    label,
+    main_metric,
+    measured,
+    one_line,
+    why_skipped,
+)
+from sparkproof.results import CaseResult, Verdict
+
+LIMIT_BYTES = 1000 * 1024
+OUTPUT_BYTES = 6000  # of one case's last output
+TEXT_CHARS = 2000  # of a sentence that came from outside
+NOT_GOOD = (Verdict.FAILED, Verdict.BROKEN, Verdict.RETEST)
+
+
+def render(record: RunRecord) -> str:
+    """`summary.md` as text, under 1,024 KiB."""
+    out: list[str] = []
+    size = 0
+    blocks = [*_head(record), *_failures(record), *_missing(record), *_skipped(record), *_cases(record), *_foot(record)]
+    for n, block in enumerate(blocks):
+        size += len(block.encode("utf-8", errors="replace")) + 1
+        if size > LIMIT_BYTES:
+            out.append(f"\n_{len(blocks) - n} more parts are left out for length; report.html has everything._")
+            break
+        out.append(block)
+    return "\n".join(out) + "\n"
+
+
+def _head(record: RunRecord) -> Iterable[str]:
+    verdict = record.verdict
+    sign = {"yes": "✅", "no": "❌", "not shown": "⚪"}[verdict.answer]
+    yield f"## {sign} Can this machine fine-tune? {verdict.answer.capitalize()}\n"
+    yield f"{md(verdict.answer_sentence)}\n"
+    yield f"**{md(record.sentence)}**\n"
+    counts = verdict.counts
+    names = [*(v.value for v in Verdict), "missing"]
+    shown = [n for n in names if counts[n] or n in ("passed", "failed")]
+    yield f"| {' | '.join(shown)} | total |\n|{' ---: |' * (len(shown) + 1)}"
+    yield f"| {' | '.join(str(counts[n]) for n in shown)} | {counts['total']} |\n"
+
+
+def _failures(record: RunRecord) -> Iterable[str]:
+    bad = by_urgency(record.of(*NOT_GOOD))
+    if bad:
+        yield "### What went wrong, and what to do\n"
+    for r in bad:
+        yield f"#### {SYMBOLS[r.verdict]} {code(r.name)} {r.verdict.value}\n"
+        yield f"{md(r.reason) or 'No reason was given.'}\n"
+        if r.next_step:
+            yield f"**Next step:** {md(r.next_step)}\n"
+        if r.rerun:
+            yield fence(r.rerun, "sh")
+        missed = [a for a in r.assertions if not a.passed]
+        if missed:
+            yield "| did not hold | seen, allowed | evidence |\n| --- | --- | --- |"
+            for a in missed:
+                yield f"| {md(a.name)} | {md(held(a))} | {md(a.detail)} |"
+            yield ""
+        if r.output_tail or r.traceback:
+            yield "<details><summary>last output</summary>\n"
+            yield fence("\n".join(s for s in (r.output_tail, r.traceback) if s))
+            yield "</details>\n"
+
+
+def _missing(record: RunRecord) -> Iterable[str]:
+    if record.missing:
+        yield "### Without a result\n"
+        yield f"The run ended before these. `sparkproof validate --resume {record.run_id}` runs them.\n"
+        yield "\n".join(f"- {code(p.name)}" for p in record.missing) + "\n"
+
+
+def _skipped(record: RunRecord) -> Iterable[str]:
+    skipped = record.of(Verdict.SKIPPED)
+    if skipped:
+        yield "### Not run\n"
+        yield "| case | why |\n| --- | --- |"
+        yield from (f"| {code(r.name)} | {md(why_skipped(r))} |" for r in skipped)
+        yield ""
+
+
+def _cases(record: RunRecord) -> Iterable[str]:
+    passed = record.of(Verdict.PASSED)
+    for kind in dict.fromkeys(r.kind for r in passed):
+        title = KIND_TITLES.get(kind, (kind, ""))[0]
+        cases = [r for r in passed if r.kind == kind]
+        yield f"<details><summary>{md(title)}: {len(cases)} passed</summary>\n"
+        yield "| case | how | time | measured |\n| --- | --- | ---: | --- |"
+        yield from (_row(r) for r in cases)
+        yield "\n</details>\n"
+
+
+def _row(r: CaseResult) -> str:
+    metric = main_metric(r)
+    shown = f"{label(metric.name)}: {measured(metric)}" if metric else ""
+    return f"| {code(r.name)} | {md(r.mode)} | {duration(r.duration_s)} | {md(shown)} |"
+
+
+def _foot(record: RunRecord) -> Iterable[str]:
+    header = record.header
+    made = f"sparkproof {header.versions.get('sparkproof', '')}".strip()
+    revision = f", revision {code(header.revision[:13])}" if header.revision else ""
+    device, profile = md(record.facts.device_sentence()), record.profile.value
+    yield f"{device}. Run {code(record.run_id)}, profile {profile}, {md(made)}{revision}."
+
+
+def md(text: str) -> str:
+    """Text as plain text: nothing in it is markup, a link, a mention or the end of a table cell."""
+    text = one_line(text)
+    if len(text) > TEXT_CHARS:
+        text = text[:TEXT_CHARS] + " …"
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_\[\]|#~!$])", r"\\\1", text)
+    text = re.sub(r"(?<!\w)@(?=\w)", "@\u200b", text)
+    return re.sub(r"(https?):(?=//)", "\\1\u200b:", text)
+
+
+def code(text: str) -> str:
+    """Text as a code span, whatever backticks and pipes it holds."""
+    text = one_line(text)[:TEXT_CHARS].replace("|", "\\|") or " "
+    run = max((len(m) for m in re.findall(r"`+", text)), default=0)
+    ticks = "`" * (run + 1)
+    pad = " " if run else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def fence(text: str, language: str = "") -> str:
+    """The end of a text as a code block that nothing in it can close."""
+    text = clean(text)
+    if len(text) > OUTPUT_BYTES:
+        text = "…\n" + text[-OUTPUT_BYTES:]
+    run = max((len(m) for m in re.findall(r"`+", text)), default=0)
+    ticks = "`" * max(3, run + 1)
+    return f"{ticks}{language}\n{text.rstrip()}\n{ticks}\n"
