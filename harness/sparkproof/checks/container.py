@@ -37,7 +37,7 @@ def access(facts: Facts) -> Answer:
                 f"{seen}; this is a container",
                 Severity.WARNING,
                 cause="There is a client in this container, and no engine behind it.",
-                fix="docker run -v /var/run/docker.sock:/var/run/docker.sock ...  # only if containers are to be started",
+                fix="sparkproof doctor  # on the host, where the engine runs",
             )
         return Found(seen, severity, cause="The engine is not running.", fix=f"sudo systemctl enable --now {c.engine}")
     return Found(seen, severity, cause="The engine gave this reason itself.", fix=f"{c.engine} info")

@@ -49,6 +49,8 @@ def page_cache(facts: Facts) -> Answer:
     """Row 37."""
     if not facts.unified:
         return NotApplicable("CPU and GPU do not share one memory pool", _pool_reason(facts))
+    if not facts.gpus[0].usable_by_torch:
+        return NO_USABLE_GPU
     available, free = facts.memory.available_gib, facts.memory.cuda_free_gib
     if available is None or free is None:
         return NotRead("MemAvailable or cudaMemGetInfo")

@@ -56,6 +56,7 @@ class _Collector:
             torch = pool.submit(guard, "torch", lambda: torch_probe.read_torch(host), torch_probe.TorchAnswer())
             triton = pool.submit(guard, "triton", lambda: triton_probe.read_triton(host), facts.triton)
             nvml = pool.submit(guard, "nvml", lambda: nvidia.read_nvml(host), (Driver(), [], None))
+            cuda = pool.submit(guard, "cuda driver", lambda: nvidia.read_cuda_driver(host), ([], None))
             engine = pool.submit(guard, "container", lambda: container.read_container(host), ContainerFacts())
             toolkit = pool.submit(guard, "cuda toolkit", lambda: nvidia.read_cuda_toolkit(host), facts.cuda)
             compiler = pool.submit(guard, "compiler", lambda: software.read_compiler(host), facts.compiler)
@@ -75,36 +76,39 @@ class _Collector:
             facts.bitsandbytes = guard("bitsandbytes", lambda: software.read_bitsandbytes(packages), Bitsandbytes())
             driver = guard("driver", lambda: nvidia.read_driver(host), facts.driver)
             said, nvml_gpus, facts.gpu_processes = nvml.result()
-            facts.driver = driver.model_copy(
-                update={"version": said.version, "cuda_version": said.cuda_version, "nvml_errors": said.nvml_errors}
-            )
+            cuda_gpus, cuda_error = cuda.result()
+            driver.version, driver.cuda_version = said.version, said.cuda_version
+            driver.nvml_errors, driver.cuda_error = said.nvml_errors, cuda_error
+            facts.driver = driver
             facts.triton, facts.container = triton.result(), engine.result()
             facts.cuda, facts.compiler = toolkit.result(), compiler.result()
             facts.network = hub.result() if ask_network else Network(error="not asked")
             answer = torch.result()
-        facts.torch, facts.gpus = answer.torch, join(answer.gpus, nvml_gpus)
+        facts.torch, facts.gpus = answer.torch, join(answer.gpus, cuda_gpus, nvml_gpus)
         facts.memory.cuda_free_gib, facts.memory.cuda_total_gib = answer.cuda_free_gib, answer.cuda_total_gib
         facts.errors = dict(sorted(self.errors.items()))
         return facts
 
 
-def join(from_torch: list[Gpu], from_nvml: list[Gpu]) -> list[Gpu]:
-    """GPUs in torch's order, each completed by NVML's clocks; then those that only NVML sees, which torch cannot use.
+def join(from_torch: list[Gpu], *others: list[Gpu]) -> list[Gpu]:
+    """GPUs in torch's order, each completed by what the CUDA driver and NVML say of it; then those that torch cannot
+    use.
 
-    UUIDs decide. Without them one GPU on either side is taken to be the same; more are not guessed at.
+    Earlier lists win. UUIDs decide what is the same GPU; without them, one GPU on either side is, and more are not
+    guessed at.
     """
-    left = list(from_nvml)
-    joined = []
-    for gpu in from_torch:
-        twin = next((g for g in left if g.uuid and g.uuid == gpu.uuid), None)
-        if twin is None and len(from_torch) == len(from_nvml) == 1:
-            twin = left[0]
-        if twin is not None:
-            left.remove(twin)
-            known = gpu.model_dump(exclude_none=True, exclude_defaults=True)
-            gpu = twin.model_copy(update=known)
-        joined.append(gpu)
-    return joined + [g.model_copy(update={"usable_by_torch": False}) for g in left]
+    joined = list(from_torch)
+    for more in others:
+        left = list(more)
+        for index, gpu in enumerate(joined):
+            twin = next((g for g in left if g.uuid and g.uuid == gpu.uuid), None)
+            if twin is None and len(joined) == len(more) == 1:
+                twin = left[0]
+            if twin is not None:
+                left.remove(twin)
+                joined[index] = twin.model_copy(update=gpu.model_dump(exclude_none=True, exclude_defaults=True))
+        joined += [g.model_copy(update={"usable_by_torch": False}) for g in left]
+    return joined
 
 
 def save(facts: Facts, path: Path) -> None:

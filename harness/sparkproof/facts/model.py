@@ -89,6 +89,7 @@ class Driver(Strict):
     nvml_errors: dict[str, str] = Field(
         default_factory=dict, description="NVML query -> its error: NOT_SUPPORTED is a fact."
     )
+    cuda_error: str | None = Field(default=None, description="Why the CUDA driver told no device properties.")
     device_files: list[str] | None = Field(
         default=None, description="/dev/nvidia* that exist; [] when none; None: not read."
     )

@@ -64,6 +64,16 @@ def read_nvml(host: Host) -> tuple[Driver, list[Gpu], list[GpuProcess] | None]:
     )
 
 
+def read_cuda_driver(host: Host) -> tuple[list[Gpu], str | None]:
+    """Device properties by the CUDA driver, without torch and without a context; and why it told none."""
+    ran = host.run_python("sparkproof.facts.driver_child", NVML_TIMEOUT_S)
+    try:
+        said = json.loads(ran.out)
+    except ValueError:
+        return [], ran.error or "no answer"
+    return [Gpu(**g) for g in said["gpus"]], said["error"]
+
+
 def read_cuda_toolkit(host: Host) -> CudaToolkit:
     """nvcc: CUDA_HOME, then PATH, then the usual place."""
     home = host.environ.get("CUDA_HOME") or host.environ.get("CUDA_PATH")

@@ -28,7 +28,10 @@ def read_packages() -> dict[str, str]:
 
 
 def read_conflicts(packages: dict[str, str]) -> list[str]:
-    """Stated requirements (markers applied, extras left out) that the installed versions do not meet."""
+    """Stated requirements (markers applied, extras left out) that the installed versions do not meet.
+
+    What is not installed at all is left out: that shows at once, on import, while a wrong version shows late.
+    """
     conflicts = []
     for name, version in packages.items():
         try:
@@ -43,9 +46,7 @@ def read_conflicts(packages: dict[str, str]) -> list[str]:
             if r.marker is not None and not r.marker.evaluate({"extra": ""}):
                 continue
             have = packages.get(canonicalize_name(r.name))
-            if have is None:
-                conflicts.append(f"{name} {version} needs {r.name}, which is not installed")
-            elif have != "unknown" and not r.specifier.contains(have, prereleases=True):
+            if have not in (None, "unknown") and not r.specifier.contains(have, prereleases=True):
                 conflicts.append(f"{name} {version} needs {r.name}{r.specifier}, but {have} is installed")
     return sorted(conflicts)
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import warnings
 from typing import Any
 
 GIB = 2.0**30
-# CUdevice_attribute of the driver API, for torch builds whose device properties lack these two.
-ATTRIBUTE_INTEGRATED = 18
-ATTRIBUTE_SHARED_MEMORY_PER_BLOCK_OPTIN = 97
 
 
 def say(**facts: Any) -> None:
@@ -72,30 +68,18 @@ def main() -> None:
 def describe(torch: Any, index: int) -> dict[str, Any]:
     """Device properties under the names of `model.Gpu`."""
     p = torch.cuda.get_device_properties(index)
-    integrated = getattr(p, "is_integrated", None)
-    if integrated is None:
-        integrated = attribute(ATTRIBUTE_INTEGRATED, index)
-    optin = getattr(p, "shared_memory_per_block_optin", None)
-    if optin is None:
-        optin = attribute(ATTRIBUTE_SHARED_MEMORY_PER_BLOCK_OPTIN, index)
+    integrated = getattr(
+        p, "is_integrated", None
+    )  # older torch builds lack these two; the driver's answers complete them
     return {
         "name": p.name,
         "uuid": f"GPU-{p.uuid}" if getattr(p, "uuid", None) else None,
         "compute_capability": f"{p.major}.{p.minor}",
         "sm_count": p.multi_processor_count,
-        "shared_memory_per_block_optin": optin,
+        "shared_memory_per_block_optin": getattr(p, "shared_memory_per_block_optin", None),
         "integrated": None if integrated is None else bool(integrated),
         "memory_total_gib": round(p.total_memory / GIB, 2),
     }
-
-
-def attribute(which: int, index: int) -> int | None:
-    """cuDeviceGetAttribute of the driver; None when it does not answer."""
-    try:
-        value, driver = ctypes.c_int(), ctypes.CDLL("libcuda.so.1")
-        return value.value if driver.cuDeviceGetAttribute(ctypes.byref(value), which, index) == 0 else None
-    except (OSError, AttributeError):
-        return None
 
 
 def compute(torch: Any, index: int) -> str | None:

@@ -1,0 +1,181 @@
+"""What the doctor prints, its JSON and its exit code; and the runner that makes a case of the same checks."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from sparkproof.checks.catalogue import TOPICS
+from sparkproof.cli.doctor import doctor, facts
+from sparkproof.errors import UserError
+from sparkproof.facts.collect import load
+from sparkproof.facts.model import Facts
+from sparkproof.results import ReasonClass, Verdict
+from sparkproof.runners.base import Context
+from sparkproof.runners.environment import run
+from sparkproof.scenario import Case, EnvironmentScenario
+
+FOLDER = Path(__file__).parents[1] / "facts"
+
+
+def recorded(name: str) -> Path:
+    return FOLDER / f"{name}.json"
+
+
+def printed(name: str, width: int = 100, topic: str = "all") -> tuple[int, str]:
+    console = Console(file=io.StringIO(), width=width)
+    code = doctor(recorded(name), console=console, topic=topic)
+    assert isinstance(console.file, io.StringIO)
+    return code, console.file.getvalue()
+
+
+def test_healthy_spark() -> None:
+    code, text = printed("gb10_healthy")
+    assert code == 0
+    assert text.startswith("NVIDIA GB10, 12.1, 48 SMs, 119.7 GiB unified\n")
+    assert "HARMLESS nvidia-smi shows no memory" in text and "nothing to do" in text
+    assert "0 errors, 0 warnings, 1 harmless" in text
+    assert text.rstrip().endswith("Next: sparkproof validate")
+
+
+def test_errors_come_first_and_the_end_says_one_thing() -> None:
+    code, text = printed("gb10_neighbours")
+    assert code == 1
+    assert text.index("ERROR") < text.index("WARNING") < text.index("HARMLESS")
+    assert text.rstrip().splitlines()[-1] == "Next: ps aux --sort=-rss | head  # then stop what is not needed"
+
+
+def test_warnings_alone_exit_0_and_still_name_the_next_step() -> None:
+    code, text = printed("gb10_page_cache")
+    assert code == 0
+    assert text.rstrip().endswith("Next: sync; echo 3 | sudo tee /proc/sys/vm/drop_caches")
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_fixes_can_be_copied_at_any_width(width: int) -> None:
+    _, text = printed("gb10_no_nvidia_runtime", width)
+    assert "  fix     sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker\n" in text
+
+
+def test_brackets_in_evidence_are_not_markup() -> None:
+    _, text = printed("gb10_no_nvidia_runtime", 200)
+    assert "[[gpu]]" in text
+
+
+def test_unjudged_checks_are_named() -> None:
+    _, text = printed("gb10_wedged")
+    assert "could not be judged: memory.nvml" in text
+
+
+def test_what_was_not_read_is_shown(tmp_path: Path) -> None:
+    broken = load(recorded("gb10_healthy")).model_copy(update={"errors": {"nvml": "OSError: gone"}})
+    path = tmp_path / "f.json"
+    path.write_text(broken.model_dump_json(), encoding="utf-8")
+    console = Console(file=io.StringIO(), width=100)
+    doctor(path, console=console)
+    assert "not read: nvml: OSError: gone" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "code"), [("gb10_triton35", 1), ("gb10_healthy", 0), ("x86_laptop", 0)])
+def test_json(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(recorded(name), json_out=True) == code
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == "sparkproof-doctor-1"
+    assert document["exit_code"] == code
+    assert document["is_target"] is name.startswith("gb10")
+    assert document["origin"].startswith("constructed")
+    errors = [f for f in document["findings"] if f["severity"] == "error"]
+    assert bool(errors) is bool(code)
+    assert all(f["evidence"] and f["cause"] and f["source"] for f in document["findings"])
+    assert {c["state"] for c in document["checks"]} <= {"ok", "found", "not applicable", "not read"}
+
+
+def test_one_topic() -> None:
+    code, text = printed("gb10_triton35", topic="memory")
+    assert code == 0 and "6 checks:" in text
+    with pytest.raises(UserError, match="no topic"):
+        printed("gb10_triton35", topic="nonsense")
+
+
+def test_bad_file_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no facts file"):
+        doctor(tmp_path / "none.json")
+
+
+def test_facts_shown_saved_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "saved.json"
+    console = Console(file=io.StringIO(), width=100)
+    assert facts(target, facts_file=recorded("gb10_healthy"), console=console) == 0
+    assert f"sparkproof doctor --facts {target}" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert load(target) == load(recorded("gb10_healthy"))
+    assert facts(json_out=True, facts_file=target) == 0
+    assert Facts.model_validate_json(capsys.readouterr().out) == load(target)
+
+
+# --- the runner
+
+
+def case(topic: str) -> Case:
+    scenario = EnvironmentScenario(kind="environment", summary="for this test alone", topic=topic)
+    return Case(name=f"environment/{topic}", file="x.yaml", scenario=scenario)
+
+
+def context(read: Facts, tmp_path: Path) -> Context:
+    return Context(run_dir=tmp_path, facts=read, cache_dir=tmp_path, memory_floor_gib=1.0)
+
+
+def test_runner_passes_with_evidence_of_every_check(tmp_path: Path) -> None:
+    result = run(case("all"), context(load(recorded("gb10_healthy")), tmp_path))
+    assert result.verdict is Verdict.PASSED and result.mode == "host"
+    assert len(result.assertions) == 23 and all(a.passed and a.detail for a in result.assertions)
+    assert result.evidence["checks"]["container.limits"]["state"] == "not applicable"
+    assert not [a for a in result.assertions if a.name.startswith("container.limits")]
+    assert [n for n in result.notices if n.startswith("Harmless: nvidia-smi")]
+
+
+def test_runner_fails_with_the_fix_of_the_worst(tmp_path: Path) -> None:
+    result = run(case("triton"), context(load(recorded("gb10_triton35")), tmp_path))
+    assert result.verdict is Verdict.FAILED
+    assert result.next_step == "export TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas"
+    assert "12.8.93" in result.reason
+    assert [a.passed for a in result.assertions] == [False, True]
+
+
+def test_runner_takes_warnings_as_notices(tmp_path: Path) -> None:
+    result = run(case("memory"), context(load(recorded("gb10_page_cache")), tmp_path))
+    assert result.verdict is Verdict.PASSED
+    assert any("CUDA counts page cache" in n and "drop_caches" in n for n in result.notices)
+
+
+@pytest.mark.parametrize(
+    ("topic", "changes", "reason"),
+    [
+        ("gpu", {}, ReasonClass.GPU),
+        ("driver", {}, ReasonClass.GPU),
+        ("torch", {}, ReasonClass.GPU),
+        ("downloads", {"packages": {"torch": "2"}}, ReasonClass.SOFTWARE),
+    ],
+)
+def test_runner_skips_a_topic_that_does_not_apply(
+    topic: str, changes: dict[str, object], reason: ReasonClass, tmp_path: Path
+) -> None:
+    laptop = load(recorded("x86_laptop")).model_copy(update=changes)
+    result = run(case(topic), context(laptop, tmp_path))
+    assert result.verdict is Verdict.SKIPPED and result.reason_class is reason
+    assert not result.assertions and result.reason
+
+
+def test_runner_without_facts_is_broken_not_passed(tmp_path: Path) -> None:
+    result = run(case("python"), context(Facts(origin="nothing was read"), tmp_path))
+    assert result.verdict is Verdict.BROKEN and "not read" in result.reason
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_every_topic_runs_on_every_recording(topic: str, tmp_path: Path) -> None:
+    for path in sorted(FOLDER.glob("*.json")):
+        result = run(case(topic), context(load(path), tmp_path))
+        assert result.verdict in (Verdict.PASSED, Verdict.FAILED, Verdict.SKIPPED), f"{path.name}: {result.reason}"
+        assert bool(result.next_step) or result.verdict is Verdict.PASSED

@@ -1,0 +1,161 @@
+"""Collecting, saving and loading: never raises, says what was not read, and reads back equal."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from sparkproof.errors import UserError
+from sparkproof.facts import collect as collecting
+from sparkproof.facts.collect import collect, join, load, save
+from sparkproof.facts.host import Host
+from sparkproof.facts.model import Facts, Gpu
+
+
+@pytest.fixture(scope="module")
+def here() -> Facts:
+    return collect(network=False)
+
+
+def test_this_machine(here: Facts, tmp_path: Path) -> None:
+    assert here.origin.startswith("read on ")
+    assert here.errors == {}
+    assert here.arch and here.os.kernel and here.memory.total_gib and here.memory.available_gib
+    assert here.torch.version and here.torch.file and here.torch.cuda_available is not None
+    assert all(g.usable_by_torch is not None for g in here.gpus)
+    assert here.triton.live_ptxas and here.bitsandbytes.version
+    assert here.packages["pytest"] and here.limits.nofile and here.disk.free_gib and here.shm.size_gib is not None
+    assert here.network.hub_reachable is None and here.network.error == "not asked"
+    save(here, tmp_path / "facts.json")
+    assert load(tmp_path / "facts.json") == here
+
+
+def test_silent(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(collecting.torch_probe, "read_torch", lambda host: collecting.torch_probe.TorchAnswer())
+    collect(network=False, progress=told.append)
+    assert capfd.readouterr() == ("", "")
+    assert "reading memory" in told and "reading torch" in told
+
+
+def test_every_probe_may_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every function that collect calls raises: facts are still made, and each failure is written down."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("probe broke")
+
+    for module in ("memory", "torch_probe", "triton_probe", "nvidia", "container", "software", "system", "network"):
+        probes = getattr(collecting, module)
+        for name in dir(probes):
+            if name.startswith("read_") or name == "token_present":
+                monkeypatch.setattr(probes, name, fail)
+    facts = collect()
+    assert facts.gpus == [] and facts.memory.total_gib is None and facts.packages == {}
+    assert set(facts.errors) == {
+        "bitsandbytes",
+        "compiler",
+        "container",
+        "cpu",
+        "cuda driver",
+        "cuda toolkit",
+        "disk",
+        "driver",
+        "environment",
+        "hub token",
+        "limits",
+        "memory",
+        "network",
+        "nvml",
+        "os",
+        "packages",
+        "python",
+        "shm",
+        "torch",
+        "triton",
+    }
+    assert set(facts.errors.values()) == {"RuntimeError: probe broke"}
+    save(facts, tmp_path / "facts.json")
+    assert load(tmp_path / "facts.json") == facts
+
+
+def test_no_secret_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "hf_SECRETsecretSECRETsecret123456"
+    monkeypatch.setattr(collecting.torch_probe, "read_torch", lambda host: collecting.torch_probe.TorchAnswer())
+    monkeypatch.setattr(collecting.triton_probe, "read_triton", lambda host: Facts(origin="x").triton)
+    host = Host(
+        environ={**os.environ, "HF_TOKEN": secret, "OPENAI_API_KEY": secret, "HTTPS_PROXY": f"http://u:{secret}@p"}
+    )
+    facts = collect(network=False, host=host)
+    assert facts.hub_token_present is True
+    assert secret not in facts.model_dump_json()
+
+
+def gpu(name: str, uuid: str | None = None, **fields: Any) -> Gpu:
+    return Gpu(name=name, uuid=uuid, **fields)
+
+
+def test_join_completes_by_uuid_in_torch_order() -> None:
+    torch = [gpu("A", "2", integrated=True, usable_by_torch=True), gpu("B", "1", usable_by_torch=True)]
+    driver = [gpu("B", "1", sm_count=40), gpu("A", "2", sm_count=48, integrated=False)]
+    nvml = [gpu("b", "1", temperature_c=40), gpu("a", "2", temperature_c=50), gpu("C", "3", temperature_c=60)]
+    joined = join(torch, driver, nvml)
+    assert [(g.name, g.sm_count, g.temperature_c, g.usable_by_torch) for g in joined] == [
+        ("A", 48, 50.0, True),
+        ("B", 40, 40.0, True),
+        ("C", None, 60.0, False),
+    ]
+    assert joined[0].integrated is True, "the earlier list wins"
+
+
+def test_join_without_uuid() -> None:
+    one = join([gpu("NVIDIA GB10", usable_by_torch=True)], [], [gpu("NVIDIA GB10", "1", temperature_c=38)])
+    assert len(one) == 1 and one[0].temperature_c == 38 and one[0].usable_by_torch is True
+    two = join([gpu("A"), gpu("B")], [gpu("A", "1"), gpu("B", "2")])
+    assert len(two) == 4, "which is which is not guessed"
+
+
+def test_join_of_gpus_that_torch_does_not_see() -> None:
+    joined = join([], [gpu("NVIDIA GB10", "1", integrated=True)], [gpu("NVIDIA GB10", "1", temperature_c=38)])
+    assert len(joined) == 1
+    assert joined[0].integrated is True and joined[0].temperature_c == 38 and joined[0].usable_by_torch is False
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{not json", "not valid JSON"),
+        ("[]", "has no schema_version"),
+        ("{}", "has no schema_version"),
+        ('{"schema_version": 99, "origin": "x"}', "facts of schema 99"),
+        ('{"schema_version": 1}', "origin: Field required"),
+        ('{"schema_version": 1, "origin": "x", "gpus": [{"sm_count": 1}]}', r"gpus\.0\.name: Field required"),
+        ('{"schema_version": 1, "origin": "x", "extra": 1}', "extra: Extra inputs"),
+    ],
+)
+def test_bad_files_get_one_sentence(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        load(path)
+    assert caught.value.fix and "\n" not in caught.value.message
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no facts file"):
+        load(tmp_path / "none.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="cannot be written"):
+        save(Facts(origin="x"), tmp_path / "no" / "folder.json")
+
+
+def test_unread_is_not_no() -> None:
+    empty = Facts(origin="x")
+    assert empty.gpu is None and not empty.is_target and not empty.has_nvidia_hardware
+    assert json.loads(empty.model_dump_json())["memory"]["total_gib"] is None
+    with pytest.raises(ValidationError):
+        Facts.model_validate({"origin": "x", "memory": {"total": 1}})
