@@ -75,7 +75,7 @@ def train(engine: str, start: float = 4.2, mode: str = "gpu", **more: Any) -> Ca
     base: dict[str, Any] = {
         "measurements": [
             metric("tokens_per_s", 3461.0 if engine == "sparktune" else 2210.0, "tokens/s", low=2150.0, high=3520.0),
-            metric("step_ms_p50", 37.1 if engine == "sparktune" else 58.2, "ms", False),
+            metric("step_p50_ms", 37.1 if engine == "sparktune" else 58.2, "ms", False),
             metric("peak_rss_gib", 2.9, "GiB", False),
             metric("peak_gpu_allocated_gib", 1.4 if engine == "sparktune" else 1.9, "GiB", False),
         ],
@@ -94,8 +94,9 @@ def train(engine: str, start: float = 4.2, mode: str = "gpu", **more: Any) -> Ca
 
 def export(fmt: str, kl: float) -> CaseResult:
     """An export case."""
-    kl_mean = metric("kl_mean", kl, "nats", False, reference=kl * 4, reference_name="largest allowed")
-    return case(f"export/smollm2/{fmt}", "export", measurements=[kl_mean, metric("size", 270.0, "MiB", None)], mode="host")
+    kl_mean = metric("KL, mean", kl, "nats", False, reference=kl * 4, reference_name="largest allowed")
+    size = metric("export size", 270.0, "MiB", False)
+    return case(f"export/smollm2/{fmt}", "export", measurements=[kl_mean, size], mode="host")
 
 
 def good_results() -> list[CaseResult]:
@@ -116,8 +117,16 @@ def good_results() -> list[CaseResult]:
             )
         )  # fmt: skip
     results += [train("hf"), train("sparktune", 4.19)]
-    results += [export("adapter", 3.1e-8), export("merged_16bit", 7e-7), export("gguf_f16", 4.9e-6), export("gguf_q8_0", 0.012)]
-    results += [case("rollback/sparkproof", "rollback", mode="host"), case("rollback/playbook", "rollback", mode="host")]
+    results += [
+        export("adapter", 3.1e-8),
+        export("merged_16bit", 7e-7),
+        export("gguf_f16", 4.9e-6),
+        export("gguf_q8_0", 0.012),
+    ]
+    results += [
+        case("rollback/sparkproof", "rollback", mode="host"),
+        case("rollback/playbook", "rollback", mode="host"),
+    ]
     return results
 
 
@@ -143,7 +152,7 @@ def mixed_results() -> list[CaseResult]:
     )  # fmt: skip
     results[11] = case(
         "kernels/swiglu_speed", verdict=Verdict.RETEST, measurements=[metric("share_of_copy_bandwidth", 61.0, "%")],
-        assertions=[Assertion(name="share of copy bandwidth", passed=False, value=61.0, unit="%", bound=">= 85", about="speed")],
+        assertions=[Assertion(name="copy share", passed=False, value=61.0, unit="%", bound=">= 85", about="speed")],
         reason="Speed can't be judged: a canary was out of band or clocks were throttled.",
     )  # fmt: skip
     results.append(
@@ -169,7 +178,12 @@ def evil_result() -> CaseResult:
             metric("nothing per s", math.nan, "x/s", samples=[math.inf, -math.inf]),
         ],
         notices=[EVIL],
-        evidence={EVIL: EVIL, "table": [{EVIL: EVIL}], "deep": {"a": {"b": [EVIL]}}, "curve": [1.0, math.nan, 2.0, 3.0]},
+        evidence={
+            EVIL: EVIL,
+            "table": [{EVIL: EVIL}],
+            "deep": {"a": {"b": [EVIL]}},
+            "curve": [1.0, math.nan, 2.0, 3.0],
+        },
         mode=EVIL,
         output_tail=f"{EVIL}\n{EVIL}",
         traceback=EVIL,

@@ -118,7 +118,7 @@ def _measured(record: RunRecord, width: int, safe: Callable[[str], str]) -> Tabl
             against = (
                 f", {safe(m.reference_name) or 'reference'} {number(m.reference)}" if m.reference is not None else ""
             )
-            cells.append(Text(f"{safe(label(m.name))}{against}", "dim"))
+            cells.append(Text(f"{safe(label(m.name, m.unit))}{against}", "dim"))
         table.add_row(*cells)
     if len(rows) > MEASURED_ROWS:
         table.add_row(Text(f"and {len(rows) - MEASURED_ROWS} more, in the report"), *[""] * (2 if wide else 1))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from sparkproof.report import words
 from sparkproof.report.charts import Chart, Line, line_chart
@@ -113,6 +113,8 @@ def _environment() -> jinja2.Environment:
     env.filters |= {
         "clean": _long_text,
         "line": words.one_line,
+        "prose": _prose,
+        "opening": _opening,
         "num": words.number,
         "dur": words.duration,
         "label": words.label,
@@ -131,6 +133,21 @@ def _environment() -> jinja2.Environment:
     return env
 
 
+def _prose(text: str) -> Markup:
+    """A sentence; what it puts between backticks is code."""
+    parts = words.one_line(text).split("`")
+    if len(parts) % 2 == 0:  # an odd backtick marks nothing
+        return escape("`".join(parts))
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
+
+
+def _opening(sentence: str) -> Markup:
+    """The answer's sentence without its 'Yes: ', which stands above it; a capital where it begins with a word."""
+    rest = words.one_line(sentence).partition(": ")[2] or words.one_line(sentence)
+    first = rest.partition(" ")[0]
+    return _prose(rest[:1].upper() + rest[1:] if first.isalpha() else rest)
+
+
 def _long_text(text: str) -> str:
     text = words.clean(text)
     return text if len(text) <= TEXT_CHARS else f"…\n{text[-TEXT_CHARS:]}"
@@ -147,7 +164,9 @@ def _case_view(record: RunRecord, r: CaseResult, n: int) -> CaseView:
     return CaseView(
         result=r,
         anchor=f"case-{n}",
-        metric=f"{words.label(metric.name)} {words.with_unit(metric.value, metric.unit)}" if metric else "",
+        metric=f"{words.label(metric.name, metric.unit)} {words.with_unit(metric.value, metric.unit)}"
+        if metric
+        else "",
         exhibits=[e for key, value in r.evidence.items() if (e := exhibit(key, value)) is not None],
         artifacts={k: v for k, v in r.artifacts.items() if _safe_link(v)},
         changed=r.name in record.changed,
@@ -174,6 +193,8 @@ def exhibit(key: str, value: Any) -> Exhibit | None:
     if isinstance(value, dict) and all(_flat(v) for v in value.values()):
         rows = [[words.label(str(k)), _cell(v)] for k, v in value.items()]
         return Exhibit(title, None, ["", ""], rows[:TABLE_ROWS], left_out=max(0, len(rows) - TABLE_ROWS))
+    if isinstance(value, dict) and all(isinstance(v, dict) and all(map(_flat, v.values())) for v in value.values()):
+        value = [{"": str(k), **v} for k, v in value.items()]  # named rows
     if isinstance(value, list) and all(isinstance(v, dict) and all(map(_flat, v.values())) for v in value):
         columns = list(dict.fromkeys(k for v in value for k in v))
         rows = [[_cell(v.get(c)) for c in columns] for v in value]

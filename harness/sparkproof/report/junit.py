@@ -123,12 +123,12 @@ def _output(result: CaseResult, run_dir: Path) -> Iterable[str]:
 
 
 def artifact_paths(result: CaseResult, run_dir: Path) -> dict[str, Path]:
-    """Files that a case left and that are there, inside the run's folder: name -> path as a CI job sees it."""
+    """Files that a case left inside the run's folder and that are there: name -> path as a CI job sees it."""
     found = {}
     root = run_dir.resolve()
     for name, relative in result.artifacts.items():
         path = run_dir / relative
-        if path.exists() and path.resolve().is_relative_to(root) and "]" not in relative:
+        if path.is_file() and path.resolve().is_relative_to(root) and "]" not in relative:
             here = Path.cwd()
             found[name] = path.resolve().relative_to(here) if path.resolve().is_relative_to(here) else path.resolve()
     return found

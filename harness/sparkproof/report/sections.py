@@ -105,7 +105,7 @@ def _bars(results: Sequence[CaseResult], wanted: Any) -> Iterable[Chart]:
         named = next((m.reference_name for _, m in members if m.reference_name), "")
         what = {"train": "Training", "kernel": "Kernels", "export": "Export"}.get(kind, kind.capitalize())
         for part in _chunks(bars, BARS):
-            chart = bar_chart(f"{what}: {label(name)}", part, one_line(unit), better, named)
+            chart = bar_chart(f"{what}: {label(name, unit)}", part, one_line(unit), better, named)
             if chart:
                 yield chart
 

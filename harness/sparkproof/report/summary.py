@@ -109,7 +109,7 @@ def _cases(record: RunRecord) -> Iterable[str]:
 
 def _row(r: CaseResult) -> str:
     metric = main_metric(r)
-    shown = f"{label(metric.name)}: {measured(metric)}" if metric else ""
+    shown = f"{label(metric.name, metric.unit)}: {measured(metric)}" if metric else ""
     return f"| {code(r.name)} | {md(r.mode)} | {duration(r.duration_s)} | {md(shown)} |"
 
 

@@ -112,7 +112,9 @@ class LiveReporter:
             self._say(Text.assemble((tag, style), " ", name, (f" ({duration(result.duration_s)})", "dim")))
             for m in [m for m in result.measurements if m.higher_is_better is not None][:METRICS]:
                 better = f", {direction(m)}" if direction(m) else ""
-                self._say(Text(f"         P: {self._safe(label(m.name))}: {self._safe(measured(m))}{better}", "dim"))
+                self._say(
+                    Text(f"         P: {self._safe(label(m.name, m.unit))}: {self._safe(measured(m))}{better}", "dim")
+                )
             if result.verdict in (Verdict.FAILED, Verdict.BROKEN, Verdict.RETEST):
                 for head, text in failure_lines(result):
                     self._block(head, text)

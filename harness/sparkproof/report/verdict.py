@@ -137,14 +137,17 @@ def can_fine_tune(facts: Facts, results: list[CaseResult], missing: list[str]) -
         )
     if on_gpu and wrong:
         why = wrong[0].reason or "It failed."
-        return "not shown", f"Not shown: {_names(on_gpu)} learnt on the GPU, yet {wrong[0].name} failed. {why}".strip()
+        return "not shown", f"Not shown: training learnt on the GPU, yet {wrong[0].name} failed. {why}".strip()
     if on_gpu:
-        return "yes", f"Yes: {_names(on_gpu)} learnt on {facts.device_sentence()}{_left_out(results, training)}."
+        return (
+            "yes",
+            f"Yes: training learnt on {facts.device_sentence()} ({_names(on_gpu)}){_left_out(results, training)}.",
+        )
     if learnt:
         where = "there is no GPU" if facts.gpu is None else "the GPU was not used"
         return (
             "not shown",
-            f"Not shown: {where}. {_names(learnt)} learnt on the CPU, which proves the software, not the device.",
+            f"Not shown: {where}. Training learnt on the CPU ({_names(learnt)}): that proves software, not the device.",
         )
     broken = [r for r in training if r.verdict is Verdict.BROKEN]
     if broken:

@@ -33,6 +33,7 @@ KIND_TITLES = {
     "distributed": ("Distributed", "several machines train as one"),
     "scenario": ("Scenario files", "files that could not be read as scenarios"),
 }
+ACRONYMS = frozenset({"rss", "gpu", "cpu", "kl", "lora", "sm", "l2", "nf4", "gguf", "hf", "id", "json"})
 ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 # Control characters, which XML forbids or terminals obey; lone surrogates; marks that reorder text for the eye.
 UNSAFE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
@@ -123,9 +124,16 @@ def main_metric(result: CaseResult) -> Measurement | None:
     return next(better, next(iter(result.measurements), None))
 
 
-def label(name: str) -> str:
-    """A measurement's name for people: 'tokens_per_s' becomes 'tokens per s'."""
-    return one_line(name.replace("_", " ")) if re.fullmatch(r"[a-z0-9_]+", name) else one_line(name)
+def label(name: str, unit: str = "") -> str:
+    """A name for people: 'peak_rss_gib' in GiB becomes 'peak RSS'; one that is no identifier stays as it is."""
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        return one_line(name)
+    words = name.split("_")
+    if unit and len(words) > 1 and words[-1].lower() == unit.lower():
+        words = words[:-1]
+    elif unit and name.replace("_per_", "/") == unit:
+        return "speed"  # 'tokens_per_s' in tokens/s: the unit says it all
+    return " ".join(w.upper() if w in ACRONYMS else w for w in words if w)
 
 
 def by_urgency(results: Iterable[CaseResult]) -> list[CaseResult]:
