@@ -1,0 +1,89 @@
+"""What sparkproof itself makes on a machine, so that it can be taken off again: JSON lines in the user's state folder.
+
+An entry remembers the device and inode of what it names. If something else lies there later, it is not ours and stays.
+"""
+
+# ruff: noqa: PTH123
+# Paths are plain text in this file: Path would fold or reject what must be compared exactly.
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import platformdirs
+from pydantic import Field, ValidationError
+
+from sparkproof.results import Strict
+
+Kind = Literal["cache", "venv", "reports", "file"]
+
+
+class Entry(Strict):
+    """One thing of ours."""
+
+    path: str
+    kind: Kind
+    added: str = Field(description="When, UTC, ISO 8601.")
+    device: int
+    inode: int
+
+    @property
+    def still_ours(self) -> bool:
+        """Whether the very same folder or file still lies at the path, itself and not a link to something."""
+        try:
+            st = os.lstat(self.path)
+        except OSError:
+            return False
+        return (st.st_dev, st.st_ino) == (self.device, self.inode) and os.path.realpath(self.path) == self.path
+
+
+def manifest_path() -> Path:
+    """Where the list is; `SPARKPROOF_MANIFEST` moves it."""
+    return Path(
+        os.environ.get("SPARKPROOF_MANIFEST") or Path(platformdirs.user_state_dir("sparkproof")) / "manifest.jsonl"
+    )
+
+
+def add(path: str | Path, kind: Kind) -> Entry:
+    """Record that sparkproof made `path`: call it right after making it, and only if it was not there before.
+
+    Errors: FileNotFoundError if nothing is there; OSError if the list can't be written.
+    """
+    real = os.path.realpath(path)
+    st = os.lstat(real)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    entry = Entry(path=real, kind=kind, added=now, device=st.st_dev, inode=st.st_ino)
+    known = {(e.path, e.device, e.inode) for e in entries()}
+    if (entry.path, entry.device, entry.inode) not in known:
+        target = manifest_path()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "a", encoding="utf-8") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            f.write(json.dumps(entry.model_dump(mode="json")) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+    return entry
+
+
+def entries() -> list[Entry]:
+    """Everything recorded, oldest first; a line torn by a crash is passed over."""
+    try:
+        lines = manifest_path().read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(Entry.model_validate_json(line))
+        except ValidationError:
+            continue
+    return found
+
+
+def ours() -> list[Entry]:
+    """What is recorded and still lies there, unchanged in identity."""
+    return [e for e in {e.path: e for e in entries()}.values() if e.still_ours]
