@@ -185,11 +185,15 @@ def show_end(outcomes: list[Outcome], console: Console) -> None:
     quiet = sum(o.state == "ok" for o in outcomes)
     other = [o for o in outcomes if o.state == "not applicable"]
     unread = [o for o in outcomes if o.state == "not read"]
-    console.print(
-        f"{len(outcomes)} checks: {quiet} found nothing, {count[Severity.ERROR]} errors, "
-        f"{count[Severity.WARNING]} warnings, {count[Severity.INFO]} harmless, {len(other)} do not apply here, {len(unread)} could not be judged.",
-        highlight=False,
-    )
+    parts = [
+        f"{len(outcomes)} checks: {quiet} found nothing",
+        _plural(count[Severity.ERROR], "error"),
+        _plural(count[Severity.WARNING], "warning"),
+        f"{count[Severity.INFO]} harmless",
+        f"{len(other)} not for this machine",
+        f"{len(unread)} could not be judged",
+    ]
+    console.print(f"{', '.join(parts)}.", highlight=False)
     for o in unread:
         console.print(f"  could not be judged: {o.check}: {escape(o.seen)}", soft_wrap=True, highlight=False)
     worst = findings[0] if findings else None
@@ -199,6 +203,10 @@ def show_end(outcomes: list[Outcome], console: Console) -> None:
         console.out("Next: sparkproof facts  # shows why something could not be read", highlight=False)
     else:
         console.out("Next: sparkproof validate", highlight=False)
+
+
+def _plural(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
 
 
 def _gib(value: float | None) -> str:

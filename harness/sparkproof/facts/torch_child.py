@@ -58,7 +58,7 @@ def main() -> None:
         say(gpus=gpus, stage="it computed on the GPU")
         problems = []
         for index, gpu in enumerate(gpus):
-            problem = compute(torch, index)
+            problem = compute(torch, f"cuda:{index}")
             gpu["usable_by_torch"] = problem is None
             problems += [f"{gpu['name']}: {problem}"] if problem else []
         say(gpus=gpus, torch={"error": "; ".join(problems)} if problems else {})
@@ -68,9 +68,8 @@ def main() -> None:
 def describe(torch: Any, index: int) -> dict[str, Any]:
     """Device properties under the names of `model.Gpu`."""
     p = torch.cuda.get_device_properties(index)
-    integrated = getattr(
-        p, "is_integrated", None
-    )  # older torch builds lack these two; the driver's answers complete them
+    # older builds lack this and the opt-in size; the CUDA driver's own answers complete them
+    integrated = getattr(p, "is_integrated", None)
     return {
         "name": p.name,
         "uuid": f"GPU-{p.uuid}" if getattr(p, "uuid", None) else None,
@@ -82,8 +81,8 @@ def describe(torch: Any, index: int) -> dict[str, Any]:
     }
 
 
-def compute(torch: Any, index: int) -> str | None:
-    """A bf16 product and its gradient against float32 on the CPU; None when they agree, else what went wrong.
+def compute(torch: Any, device: str) -> str | None:
+    """A bf16 product and its gradient on `device` against float32 on the CPU; None if they agree, else what is wrong.
 
     Both are sums of 64 numbers between 0 and 1, so about 16 and 32; bf16 rounds those to steps of 0.125 and 0.25, and
     the bound is one step. A kernel that was not built for this GPU raises or leaves zeros.
@@ -91,8 +90,8 @@ def compute(torch: Any, index: int) -> str | None:
     try:
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.rand(64, 64, generator=generator).bfloat16() for _ in range(2))
-        x = a.to(f"cuda:{index}").requires_grad_()
-        y = x @ b.to(f"cuda:{index}")
+        x = a.to(device).requires_grad_()
+        y = x @ b.to(device)
         y.float().sum().backward()
         want, want_grad = a.float() @ b.float(), b.float().sum(1).expand(64, 64)
         for name, got, right in (("product", y, want), ("gradient", x.grad, want_grad)):
