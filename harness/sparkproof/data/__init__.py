@@ -1,0 +1,1 @@
+"""Real conversations as rows of tokens: where they come from, how they are masked, cut, ordered and batched."""

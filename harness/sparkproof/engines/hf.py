@@ -1,0 +1,71 @@
+"""The reference engine: transformers, PEFT and bitsandbytes as they come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparkproof.engines.base import LoadSpec, Ran, greedy
+
+
+class HfEngine:
+    """Plain transformers + PEFT + bitsandbytes; the others are compared with it."""
+
+    name = "hf"
+    promises_repeat = True
+
+    def load(self, spec: LoadSpec) -> tuple[nn.Module, Any]:
+        """Load with NF4 and nested statistics, after bitsandbytes' in-place repacking is switched off."""
+        from sparktune.quant.cpu_repack import assert_layout, keep_layout
+        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+        keep_layout()
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=spec.dtype,
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            spec.folder,
+            dtype=spec.dtype,
+            device_map={"": spec.device},
+            quantization_config=quantization if spec.load_in_4bit else None,
+        )
+        assert_layout(model)
+        return model, AutoTokenizer.from_pretrained(spec.folder)
+
+    def add_lora(self, model: nn.Module, spec: LoadSpec) -> nn.Module:
+        """PEFT's LoRA without dropout, so that engines can be compared."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha,  # type: ignore[arg-type]
+            target_modules=list(spec.target_modules),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(model, config)  # type: ignore[arg-type, no-any-return]
+
+    def save_adapter(self, model: nn.Module, folder: Path) -> None:
+        """PEFT's save_pretrained."""
+        model.save_pretrained(folder)  # type: ignore[operator]
+
+    def read_adapter(self, model: nn.Module, folder: Path, spec: LoadSpec) -> nn.Module:
+        """PEFT's from_pretrained over a base that was just loaded."""
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)  # type: ignore[arg-type]
+
+    def generate(self, model: nn.Module, tokenizer: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
+        """Greedy generation with the cache."""
+        return greedy(model, tokenizer, prompt, max_new_tokens)
+
+    def ran(self, model: nn.Module) -> Ran:
+        """Nothing is patched."""
+        return Ran(mode="gpu" if torch.cuda.is_available() else "host")

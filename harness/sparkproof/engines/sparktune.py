@@ -1,0 +1,48 @@
+"""Our own library as an engine: the same stack with sparktune's ops inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparkproof.engines.base import LoadSpec, Ran
+from sparkproof.engines.hf import HfEngine
+
+
+class SparktuneEngine(HfEngine):
+    """FastLanguageModel; saving, reading back and generating are PEFT's and transformers', as for `hf`."""
+
+    name = "sparktune"
+
+    def load(self, spec: LoadSpec) -> tuple[nn.Module, Any]:
+        """Load and patch; the counters of what runs start from zero here."""
+        from sparktune.fast_model import FastLanguageModel
+        from sparktune.ops import dispatch
+
+        loaded = FastLanguageModel.from_pretrained(
+            spec.folder, load_in_4bit=spec.load_in_4bit, dtype=spec.dtype, device=spec.device
+        )
+        dispatch.reset()
+        return loaded
+
+    def add_lora(self, model: nn.Module, spec: LoadSpec) -> nn.Module:
+        """LoRA by the library's own call."""
+        from sparktune.fast_model import FastLanguageModel
+
+        lora: nn.Module = FastLanguageModel.get_peft_model(
+            model, r=spec.rank, lora_alpha=spec.alpha, target_modules=spec.target_modules
+        )
+        return lora
+
+    def ran(self, model: nn.Module) -> Ran:
+        """The patch report and, per op, how often a kernel, the interpreter or the reference ran."""
+        from sparktune.fast_model import FastLanguageModel
+        from sparktune.ops import dispatch
+
+        return Ran(
+            mode="gpu" if torch.cuda.is_available() else "reference",
+            patches=FastLanguageModel.report(model).to_json(),
+            watermarks={op: {str(way): n for way, n in ways.items()} for op, ways in dispatch.watermarks().items()},
+        )

@@ -1,0 +1,99 @@
+"""Unsloth as an engine, where it is installed: its own loader, its own LoRA call, its own patches."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparkproof.engines.base import EngineUnavailable, LoadSpec, Ran, compute, inference
+from sparkproof.results import ReasonClass
+
+
+class UnslothEngine:
+    """unsloth.FastLanguageModel. It compiles code at import and load, and promises no bit-for-bit repeat."""
+
+    name = "unsloth"
+    promises_repeat = False
+
+    def load(self, spec: LoadSpec) -> tuple[nn.Module, Any]:
+        """Load through Unsloth; without the package or without a GPU, say so."""
+        require_unsloth()
+        from unsloth import FastLanguageModel
+
+        loaded: tuple[nn.Module, Any] = FastLanguageModel.from_pretrained(
+            str(spec.folder), max_seq_length=spec.seq_len, load_in_4bit=spec.load_in_4bit, dtype=spec.dtype
+        )
+        return loaded
+
+    def add_lora(self, model: nn.Module, spec: LoadSpec) -> nn.Module:
+        """Unsloth's get_peft_model; its gradient checkpointing offloads to the CPU, so it stays off."""
+        from unsloth import FastLanguageModel
+
+        lora: nn.Module = FastLanguageModel.get_peft_model(
+            model,
+            r=spec.rank,
+            lora_alpha=spec.alpha,
+            target_modules=list(spec.target_modules),
+            lora_dropout=0,
+            bias="none",
+            use_gradient_checkpointing=False,
+        )
+        return lora
+
+    def save_adapter(self, model: nn.Module, folder: Path) -> None:
+        """The PEFT format."""
+        model.save_pretrained(folder)  # type: ignore[operator]
+
+    def read_adapter(self, model: nn.Module, folder: Path, spec: LoadSpec) -> nn.Module:
+        """Fresh LoRA layers, then the saved tensors into them; a name that fits nowhere is an error."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        model = self.add_lora(model, spec)
+        result: Any = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))  # type: ignore[arg-type]
+        if result.unexpected_keys:
+            raise RuntimeError(f"{len(result.unexpected_keys)} saved tensors fit nowhere: {result.unexpected_keys[0]}")
+        return model
+
+    def generate(self, model: nn.Module, tokenizer: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
+        """Greedy generation between Unsloth's for_inference and for_training."""
+        from unsloth import FastLanguageModel
+
+        FastLanguageModel.for_inference(model)
+        ids = torch.tensor([prompt], device=next(model.parameters()).device)
+        try:
+            with inference(model), compute(ids.device.type):
+                out = model.generate(  # type: ignore[operator]
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+        finally:
+            FastLanguageModel.for_training(model)
+        return [int(token) for token in out[0, len(prompt) :]]
+
+    def ran(self, model: nn.Module) -> Ran:
+        """Which classes Unsloth's loader put in place."""
+        ours = {type(m).__module__.split(".")[0] for m in model.modules()}
+        return Ran(mode="gpu", patches={"modules from": sorted(ours)})
+
+
+def require_unsloth() -> None:
+    """Raise EngineUnavailable with the cure where Unsloth can't run."""
+    if importlib.util.find_spec("unsloth") is None:
+        raise EngineUnavailable(
+            "Unsloth is not installed, so nothing was trained with it.",
+            "pip install unsloth==2026.10.7, or choose --engine sparktune or --engine hf.",
+        )
+    if not torch.cuda.is_available():
+        raise EngineUnavailable(
+            "Unsloth needs a GPU that torch can use, and there is none.",
+            "Choose --engine sparktune or --engine hf.",
+            ReasonClass.GPU,
+        )

@@ -1,0 +1,271 @@
+"""The learning gate: what a training run must show, judged by pure functions on what its processes saw.
+
+Each rule is one function `(scenario, Evidence) -> list[Assertion]`; `judge` applies them all. Nothing here runs a
+model, so every way of not learning can be tested with made-up numbers. NaN fails every comparison below, on purpose:
+bounds are written as "must be within", never as "must not be outside".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparkproof.results import Assertion
+from sparkproof.scenario import TrainScenario
+
+KERNELS = ("rms_norm", "swiglu", "nf4")
+
+
+@dataclass
+class Evidence:
+    """What the phases returned; see `sparkproof.runners.train_child` for the keys."""
+
+    run: dict[str, Any]
+    again: dict[str, Any]
+    parity: dict[str, Any] = field(
+        default_factory=dict
+    )  # loss, reference_loss, reference, and `gradients.compare`'s keys
+
+
+def judge(scenario: TrainScenario, seen: Evidence) -> list[Assertion]:
+    """All assertions, in the order in which a reader asks."""
+    rules = (start, finite, learnt, lora, base, canary, saved, repeated, parity, kernels)
+    return [assertion for rule in rules for assertion in rule(scenario, seen)]
+
+
+def within(name: str, value: float, band: tuple[float, float], unit: str = "", detail: str = "") -> Assertion:
+    """`value` lies in the closed band; NaN does not."""
+    low, high = band
+    return Assertion(
+        name=name,
+        passed=low <= value <= high,
+        value=number(value),
+        bound=f"{low:g} to {high:g}",
+        unit=unit,
+        detail=detail,
+    )
+
+
+def number(value: float) -> float | str:
+    """The value as JSON can carry it: NaN and infinity become words."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _example(names: Sequence[str]) -> str:
+    return f"For example {names[0]}." if names else ""
+
+
+def start(s: TrainScenario, seen: Evidence) -> list[Assertion]:
+    """The first step is sane: a wrong base, wrong labels or a wrong scale show here."""
+    loss, norm = seen.run["loss"], seen.run["grad_norm"]
+    return [
+        within("first loss", loss[0] if loss else math.nan, s.gate.first_loss, "nats"),
+        within("first gradient norm", norm[0] if norm else math.nan, s.gate.first_grad_norm),
+    ]
+
+
+def finite(s: TrainScenario, seen: Evidence) -> list[Assertion]:
+    """Every step happened and is finite: a NaN that is gone at the end is still a NaN."""
+    loss, norm = seen.run["loss"], seen.run["grad_norm"]
+    bad = [i + 1 for i, pair in enumerate(zip(loss, norm, strict=False)) if not all(map(math.isfinite, pair))]
+    return [
+        Assertion(name="steps done", passed=len(loss) == len(norm) == s.steps, value=len(loss), bound=f"{s.steps}"),
+        Assertion(
+            name="steps with a loss or gradient norm that is not finite",
+            passed=not bad,
+            value=len(bad),
+            bound="0",
+            detail=f"The first is step {bad[0]}." if bad else "",
+        ),
+    ]
+
+
+def learnt(s: TrainScenario, seen: Evidence) -> list[Assertion]:
+    """The loss falls where it trains and where it does not."""
+    fall = loss_fall(seen.run["loss"])
+    before, after = seen.run["held_out_before"], seen.run["held_out_after"]
+    return [
+        Assertion(
+            name="loss fall, first fifth to last fifth",
+            passed=fall >= s.gate.min_loss_fall,
+            value=number(fall),
+            bound=f">= {s.gate.min_loss_fall:g}",
+            unit="nats",
+        ),
+        Assertion(
+            name="loss on conversations held out, after training",
+            passed=after < before,
+            value=number(after),
+            bound=f"< {before:.3f} (before)",
+            unit="nats",
+        ),
+    ]
+
+
+def loss_fall(loss: Sequence[float]) -> float:
+    """Mean of the first fifth of the steps less that of the last fifth; NaN without steps."""
+    if not loss:
+        return math.nan
+    n = max(1, len(loss) // 5)
+    return sum(loss[:n]) / n - sum(loss[-n:]) / n
+
+
+def lora(s: TrainScenario, seen: Evidence) -> list[Assertion]:
+    """LoRA sits on every targeted module, moved, and is alone in being trained."""
+    account = seen.run["lora"]
+    rows = [
+        ("targeted modules without LoRA", account["without_lora"]),
+        ("LoRA B tensors that are still zero", account["b_zero"]),
+        ("trainable tensors other than LoRA", account["other_trainable"]),
+    ]
+    found = [
+        Assertion(
+            name=name, passed=not left, value=len(left), bound="0", detail=f"For example {left[0]}." if left else ""
+        )
+        for name, left in rows
+    ]
+    enough = account["targeted"] > 0 and account["tensors"] == 2 * account["targeted"]
+    found.append(
+        Assertion(
+            name="LoRA tensors",
+            passed=enough,
+            value=account["tensors"],
+            bound=f"2 x {account['targeted']} targeted modules",
+        )
+    )
+    return found
+
+
+def base(s: TrainScenario, seen: Evidence) -> list[Assertion]:
+    """The frozen base keeps its bits through generating and training."""
+    same = seen.run["base_before"] == seen.run["base_after"]
+    detail = "" if same else "Something wrote into frozen weights; repacking for AVX512-BF16 is one known cause."
+    return [Assertion(name="frozen base unchanged", passed=same, value=same, bound="the same bits", detail=detail)]
+
+
+def canary(s: TrainScenario, seen: Evidence) -> list[Assertion]:
+    """What the base could not know is said after training, and was not said before."""
+    answer = " ".join(s.gate.canary_answer.split())
+    said = {when: answer in " ".join(seen.run[f"canary_{when}"].split()) for when in ("before", "after")}
+    return [
+        Assertion(
+            name="canary before training",
+            passed=not said["before"],
+            value=seen.run["canary_before"][:200],
+            bound=f"not '{answer}'",
+        ),
+        Assertion(
+            name="canary after training",
+            passed=said["after"],
+            value=seen.run["canary_after"][:200],
+            bound=f"'{answer}'",
+        ),
+    ]
+
+
+def saved(s: TrainScenario, seen: Evidence) -> list[Assertion]:
+    """The adapter on disk is the one that was trained, read by a fresh process."""
+    kept, read = seen.run["tensors"], seen.again["tensors"]
+    wrong = sorted(n for n in kept.keys() | read.keys() if kept.get(n) != read.get(n))
+    difference = seen.again["logits_difference"]
+    exact = bool(seen.run["promises_repeat"])
+    limit = 0.0 if exact else 1e-2
+    return [
+        Assertion(
+            name="adapter tensors that read back different",
+            passed=bool(kept) and not wrong,
+            value=len(wrong) if kept else "no tensors",
+            bound=f"0 of {len(kept)}",
+            detail=_example(wrong),
+        ),
+        Assertion(
+            name="logits after reading back",
+            passed=seen.again["logits_equal"] if exact else difference <= limit,
+            value=number(difference),
+            bound="the same bits" if exact else f"<= {limit:g}",
+            unit="relative L2",
+        ),
+    ]
+
+
+def repeated(s: TrainScenario, seen: Evidence) -> list[Assertion]:
+    """A second process gives the same losses and gradient norms bit for bit, where the engine promises it."""
+    if not (s.gate.repeat_steps and seen.run["promises_repeat"]):
+        return []
+    n = min(s.gate.repeat_steps, s.steps)
+    again = seen.again["repeat"] or {"loss": [], "grad_norm": []}
+    first = [[*pair] for pair in zip(seen.run["loss"][:n], seen.run["grad_norm"][:n], strict=False)]
+    second = [[*pair] for pair in zip(again["loss"], again["grad_norm"], strict=False)]
+    same = sum(a == b for a, b in zip(first, second, strict=False))
+    detail = (
+        "" if seen.run["data"]["digest"] == seen.again["data"]["digest"] else "The two were not fed the same tokens."
+    )
+    return [
+        Assertion(
+            name="steps that repeat bit for bit in a fresh process",
+            passed=same == n == len(second) and not detail,
+            value=same,
+            bound=f"{n} of {n}",
+            detail=detail,
+        )
+    ]
+
+
+def parity(s: TrainScenario, seen: Evidence) -> list[Assertion]:
+    """Loss and every LoRA gradient of the first step agree with the reference, all of them being non-zero."""
+    p = seen.parity
+    apart = abs(p["loss"] - p["reference_loss"])
+    count, expected = p["tensors"], seen.run["lora"]["tensors"]
+    zero, differ = list(p["zero"]), p["names_differ"]
+    return [
+        Assertion(
+            name=f"first loss, distance from {p['reference']}",
+            passed=apart <= s.gate.parity_loss,
+            value=number(apart),
+            bound=f"<= {s.gate.parity_loss:g}",
+            unit="nats",
+        ),
+        Assertion(
+            name=f"LoRA gradients, distance from {p['reference']}",
+            passed=p["relative"] <= s.gate.parity_grad and not differ,
+            value=number(p["relative"]),
+            bound=f"<= {s.gate.parity_grad:g}",
+            unit="relative L2",
+            detail=f"Not in both: {p['names_differ'][0]}."
+            if p["names_differ"]
+            else f"The worst tensor is {p['worst']}.",
+        ),
+        Assertion(
+            name="LoRA gradients compared",
+            passed=count == expected > 0 and not zero,
+            value=count - len(zero),
+            bound=f"{expected}, none zero",
+            detail=f"Zero: {zero[0]}." if zero else "",
+        ),
+    ]
+
+
+def kernels(s: TrainScenario, seen: Evidence) -> list[Assertion]:
+    """On a GPU sparktune's kernels ran and no reference stood in; on a CPU the counts must admit references."""
+    if s.engine != "sparktune":
+        return []
+    marks = seen.run["ran"]["watermarks"]
+    wanted = "triton" if seen.run["ran"]["mode"] == "gpu" else "reference"
+    found = []
+    for op in KERNELS:
+        if op == "nf4" and not s.load_in_4bit:
+            continue
+        counts = marks.get(op, {})
+        other = sum(n for way, n in counts.items() if way != wanted)
+        found.append(
+            Assertion(
+                name=f"{op}: calls that ran as {'a Triton kernel' if wanted == 'triton' else 'the reference'}",
+                passed=counts.get(wanted, 0) > 0 and other == 0,
+                value=counts.get(wanted, 0),
+                bound="> 0, and none otherwise",
+                detail=f"{other} calls ran another way: {counts}." if other else "",
+            )
+        )
+    return found

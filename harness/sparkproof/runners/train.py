@@ -1,0 +1,257 @@
+"""Runner of `train` cases: three fresh processes, one judgement by learning.
+
+    train      load, ask for the canary, train, ask again, save the adapter
+    again      read the adapter back over a fresh base, repeat the first steps, step-0 gradients
+    reference  step-0 gradients of the `hf` engine, once a run for all engines; `hf` itself is held to plain PyTorch
+
+What they return is judged by `sparkproof.runners.gate`; an exit code proves nothing. A case is trained once a run: the
+result is kept beside the adapter, under a lock, for whoever asks next (`ensure_trained`, used by export cases).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sparkproof.errors import UserError
+from sparkproof.results import Assertion, CaseResult, ReasonClass, Verdict
+from sparkproof.runners import gate, gradients
+from sparkproof.runners.base import Context
+from sparkproof.runners.child import write_json
+from sparkproof.runners.process import Outcome
+from sparkproof.runners.train_measure import measurements
+from sparkproof.scenario import Case, TrainScenario
+
+CHILD = "sparkproof.runners.train_child"
+# The interpreter would make a CPU run take hours; cuBLAS repeats its bits only with a fixed workspace.
+ENVIRONMENT = {
+    "PYTHONSAFEPATH": "1",  # the folder `kernels` in the working directory must not pass for the package of that name
+    "TRITON_INTERPRET": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",  # two cases on two cores must not spin against each other
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+class PhaseFailed(Exception):
+    """A phase did not give a result."""
+
+    def __init__(self, phase: str, outcome: Outcome) -> None:
+        super().__init__(outcome.sentence(phase))
+        self.phase = phase
+        self.outcome = outcome
+
+
+@dataclass
+class Training:
+    """One case in its folder: where its files are, what time is left, what its phases need."""
+
+    case: Case
+    context: Context
+    scenario: TrainScenario
+    deadline: float
+    folder: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder = self.context.case_dir(self.case)
+
+    @property
+    def adapter(self) -> Path:
+        """Where the PEFT adapter and its train.json go."""
+        return self.folder / "adapter"
+
+    def phase(self, name: str, entry: str, **more: Path) -> tuple[dict[str, Any], Outcome]:
+        """Run one phase in a fresh process; raise PhaseFailed or the UserError that it met."""
+        payload = {
+            "scenario": self.scenario.model_dump(mode="json"),
+            "cache_dir": str(self.context.cache_dir),
+            "adapter": str(self.adapter),
+            "probe": str(self.folder / "probe.safetensors"),
+            **{key: str(path) for key, path in more.items()},
+        }
+        outcome = self.context.spawn(
+            f"{CHILD}:{entry}",
+            payload,
+            case=self.case,
+            phase=name,
+            timeout_s=max(1.0, self.deadline - time.monotonic()),
+            env=ENVIRONMENT,
+        )
+        if outcome.status != "ok":
+            raise PhaseFailed(name, outcome)
+        if "user_error" in outcome.result:
+            e = outcome.result["user_error"]
+            raise UserError(e["message"], e["fix"], skip_class=e["skip_class"])
+        return outcome.result, outcome
+
+    def reference(self) -> tuple[Path, dict[str, Any]]:
+        """Gradients of the `hf` engine for this scenario's first batch: a file, and its loss. Made once a run."""
+        key = self.scenario.model_dump_json(include=_REFERENCE_FIELDS) + self.scenario.lora.model_dump_json()
+        stem = self.context.run_dir / "cases" / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        file, note = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+        with FileLock(f"{stem}.lock"):
+            if not note.is_file():
+                result, _ = self.phase("reference", "reference_gradients", gradients=file)
+                write_json(note, result)
+        return file, json.loads(note.read_text(encoding="utf-8"))
+
+
+_REFERENCE_FIELDS = {"model", "revision", "dataset", "steps", "batch", "seq_len", "seed", "load_in_4bit"}
+
+
+def run(case: Case, context: Context) -> CaseResult:
+    """Train and judge, or give the result of this run's earlier training of the same scenario."""
+    assert isinstance(case.scenario, TrainScenario)
+    folder = context.case_dir(case)
+    kept, digest = folder / "train-result.json", _digest(case)
+    with FileLock(folder / "train.lock"):
+        if kept.is_file():
+            document = json.loads(kept.read_text(encoding="utf-8"))
+            if document["digest"] == digest:
+                return CaseResult.model_validate(document["result"])
+        kept.unlink(missing_ok=True)
+        training = Training(case, context, case.scenario, time.monotonic() + case.scenario.timeout_s)
+        shutil.rmtree(training.adapter, ignore_errors=True)
+        try:
+            result = _train_and_judge(training)
+        except PhaseFailed as failure:
+            return _failed(case, failure)
+        write_json(kept, {"digest": digest, "result": result.model_dump(mode="json")})
+        return result
+
+
+def ensure_trained(case: Case, context: Context) -> Path:
+    """The adapter folder of a train case that passed, trained now if this run has not done so.
+
+    The folder has PEFT's files and `train.json`. Raises UserError (skip class 'upstream-case') when the case did not
+    pass: what did not learn is not worth exporting.
+    """
+    result = run(case, context)
+    if result.verdict is not Verdict.PASSED:
+        raise UserError(
+            f"The training case {case.name} ended as {result.verdict.value}: {result.reason}",
+            result.next_step,
+            skip_class=ReasonClass.UPSTREAM.value,
+        )
+    return context.case_dir(case) / "adapter"
+
+
+def _digest(case: Case) -> str:
+    return hashlib.sha256(case.scenario.model_dump_json().encode()).hexdigest()
+
+
+def _train_and_judge(t: Training) -> CaseResult:
+    s, folder = t.scenario, t.folder
+    ran, outcome = t.phase("train", "train")
+    own, plain = folder / "gradients.safetensors", folder / "gradients-plain.safetensors"
+    again, _ = t.phase("again", "again", gradients=own, plain=plain)
+    if s.engine == "hf":
+        file, reference = plain, again["plain"]
+    else:
+        file, reference = t.reference()
+    compared = gradients.compare_files(own, file)
+    parity = {
+        **compared,
+        "loss": again["gradients"]["loss"],
+        "reference_loss": reference["loss"],
+        "reference": "plain PyTorch over the same weights" if reference["engine"] == "plain" else reference["engine"],
+    }
+    assertions = gate.judge(s, gate.Evidence(ran, again, parity))
+    verdict, reason = CaseResult.decide(assertions)
+    mode = ran["ran"]["mode"]
+    _write_account(t, ran)
+    for scratch in (own, plain, folder / "probe.safetensors"):
+        scratch.unlink(missing_ok=True)
+    return CaseResult(
+        name=t.case.name,
+        kind="train",
+        verdict=verdict,
+        reason=reason,
+        next_step=_next_step(assertions, t),
+        assertions=assertions,
+        measurements=measurements(s, ran, outcome.peak_rss_gib),
+        notices=_notices(s, mode),
+        evidence=_evidence(ran, again, parity),
+        mode=mode,
+        output_tail=outcome.output_tail if verdict is not Verdict.PASSED else "",
+        artifacts={"adapter": str(t.adapter.relative_to(t.context.run_dir))},
+    )
+
+
+def _write_account(t: Training, ran: dict[str, Any]) -> None:
+    """`train.json` in the adapter's folder: what an export must know of what was trained."""
+    s = t.scenario
+    account = {
+        "schema": "sparkproof-train-1",
+        "case": t.case.name,
+        "engine": s.engine,
+        "model": s.model,
+        "revision": ran["pretrained"]["revision"],
+        "base": ran["pretrained"],
+        "load_in_4bit": s.load_in_4bit,
+        "lora": s.lora.model_dump(),
+        "canary": {"prompt": s.gate.canary_prompt, "answer": s.gate.canary_answer},
+        "canary_after": ran["canary_after"],
+        "versions": ran["versions"],
+    }
+    write_json(t.adapter / "train.json", account)
+
+
+def _evidence(ran: dict[str, Any], again: dict[str, Any], parity: dict[str, Any]) -> dict[str, Any]:
+    keys = ("loss", "grad_norm", "canary_before", "canary_after", "held_out_before", "held_out_after", "lora", "data")
+    return {
+        **{key: ran[key] for key in keys},
+        "repeat": again["repeat"],
+        "parity": parity,
+        "patches": ran["ran"]["patches"],
+        "watermarks": ran["ran"]["watermarks"],
+        "base": {k: v for k, v in ran["pretrained"].items() if k != "path"},
+        "versions": ran["versions"],
+    }
+
+
+def _notices(s: TrainScenario, mode: str) -> list[str]:
+    if s.engine == "sparktune" and mode == "reference":
+        return ["No GPU: sparktune's plain PyTorch references ran, none of its kernels; this says nothing about speed."]
+    if mode == "host":
+        return ["No GPU: this ran on the CPU in fp32; it shows that the engine learns, nothing about speed."]
+    return []
+
+
+def _next_step(assertions: list[Assertion], t: Training) -> str:
+    if all(a.passed for a in assertions):
+        return ""
+    if not t.scenario.load_in_4bit or t.scenario.engine != "hf":
+        return f"Run the same scenario with engine hf: if it passes, the fault lies in {t.scenario.engine}."
+    return (
+        "See the loss curve and the assertion's evidence; `sparkproof doctor` looks for known causes on this machine."
+    )
+
+
+def _failed(case: Case, failure: PhaseFailed) -> CaseResult:
+    """A phase that ended without a result: failed when what is under test did it, broken when the harness did."""
+    o = failure.outcome
+    blamed = o.blames_device
+    steps = {
+        "memory": "Free memory, or lower batch and seq_len in the scenario.",
+        "timeout": f"Raise timeout_s (now {case.scenario.timeout_s:g} s), or look at what it was doing in {o.log}.",
+        "died": f"Read the end of {o.log}.",
+    }
+    return CaseResult(
+        name=case.name,
+        kind=case.kind,
+        verdict=Verdict.FAILED if blamed else Verdict.BROKEN,
+        reason=str(failure),
+        next_step=steps.get(o.status, f"Read the end of {o.log}."),
+        assertions=[Assertion(name=f"the process '{failure.phase}' gives a result", passed=False, detail=str(failure))],
+        output_tail=o.output_tail,
+        traceback=o.traceback,
+    )

@@ -1,0 +1,235 @@
+"""The phases of a training case, each the entry of a fresh process.
+
+`train` is the run itself. `again` reads the saved adapter back over a freshly loaded base, repeats the first steps and
+computes the step-0 gradients. `reference_gradients` computes those of the `hf` engine for another engine's case. None
+of them judges: they return what was seen, and `sparkproof.runners.gate` judges it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from sparkproof.data.conversations import exchange, load_conversations
+from sparkproof.data.rows import TrainingData, make_row, prompt_ids, training_data
+from sparkproof.engines.pretrained import resolve
+from sparkproof.errors import UserError
+from sparkproof.runners.child import progress, under_test
+from sparkproof.scenario import TrainScenario
+
+PARITY_B = 0.02  # standard deviation of LoRA's B where gradients are compared: near what training reaches
+
+
+class Bench:
+    """A scenario on its engine: the base loaded, the data made."""
+
+    def __init__(self, payload: dict[str, Any], engine_name: str = "") -> None:
+        from sparkproof.engines.base import LoadSpec
+        from sparkproof.engines.loop import make_deterministic
+        from sparkproof.engines.registry import engine
+
+        self.scenario = s = TrainScenario.model_validate(payload["scenario"])
+        self.engine = engine(engine_name or s.engine)
+        progress("finding the model")
+        self.pretrained = resolve(s.model, s.revision, Path(payload["cache_dir"]))
+        self.spec = LoadSpec(
+            folder=self.pretrained.path,
+            load_in_4bit=s.load_in_4bit,
+            seq_len=s.seq_len,
+            rank=s.lora.rank,
+            alpha=s.lora.alpha,
+            target_modules=tuple(s.lora.target_modules),
+        )
+        make_deterministic(s.seed)
+        progress(f"loading with {self.engine.name}")
+        start = time.perf_counter()
+        with under_test("loading the model"):
+            self.model, self.tokenizer = self.engine.load(self.spec)
+        self.load_s = time.perf_counter() - start
+        self.data = self._data()
+
+    def _data(self) -> TrainingData:
+        s = self.scenario
+        return training_data(
+            self.tokenizer,
+            load_conversations(s.dataset),
+            canary=exchange(s.gate.canary_prompt, s.gate.canary_answer),
+            steps=s.steps,
+            batch=s.batch,
+            seq_len=s.seq_len,
+            seed=s.seed,
+        )
+
+    def answer(self) -> str:
+        """What the model says to the canary's question, greedily, in as many tokens as the answer has and 3 more."""
+        ids = prompt_ids(self.tokenizer, self.scenario.gate.canary_prompt)
+        room = len(self.tokenizer(self.scenario.gate.canary_answer)["input_ids"]) + 3
+        with under_test("generating"):
+            out = self.engine.generate(self.model, self.tokenizer, ids, room)
+        return str(self.tokenizer.decode(out, skip_special_tokens=True))
+
+    def probe(self) -> Any:
+        """Logits at the last positions of the canary conversation."""
+        from sparkproof.engines.account import logits
+
+        gate = self.scenario.gate
+        row = make_row(self.tokenizer, exchange(gate.canary_prompt, gate.canary_answer), self.scenario.seq_len)
+        return logits(self.model, row.ids, self.spec.device)
+
+    def data_account(self) -> dict[str, Any]:
+        """What was fed: counts, and a digest that two processes must share."""
+        d = self.data
+        return {
+            "digest": d.digest(),
+            "conversations": d.conversations,
+            "dropped": d.dropped,
+            "canary_rows": d.canary_rows,
+            "rows": sum(len(b.input_ids) for b in d.batches),
+            "held_out_rows": len(d.held_out.input_ids),
+        }
+
+    def gradients(self, out: Path, plain: bool = False) -> dict[str, Any]:
+        """Loss and LoRA gradients of the first batch with seeded, non-zero A and B; the gradients go to `out`."""
+        from safetensors.torch import save_file
+
+        from sparkproof.engines.base import lora_parameters, seed_lora
+        from sparkproof.engines.loop import forward_backward
+        from sparkproof.engines.plain import make_plain
+
+        seed_lora(self.model, self.scenario.seed, PARITY_B)
+        self.model.zero_grad(set_to_none=True)
+        with under_test("the first step"):
+            if plain:
+                make_plain(self.model)
+            self.model.train()
+            loss = forward_backward(self.model, self.data.batches[0], self.spec.device)
+        grads = {
+            n: p.grad.float().cpu().contiguous() for n, p in lora_parameters(self.model).items() if p.grad is not None
+        }
+        save_file(grads, out)
+        return {"loss": loss, "engine": "plain" if plain else self.engine.name, "tensors": len(grads)}
+
+
+def train(payload: dict[str, Any]) -> dict[str, Any]:
+    """The run: load, ask for the canary, train, ask again, save."""
+    return _guarded(_train, payload)
+
+
+def again(payload: dict[str, Any]) -> dict[str, Any]:
+    """In a fresh process: read back, repeat, and step-0 gradients."""
+    return _guarded(_again, payload)
+
+
+def reference_gradients(payload: dict[str, Any]) -> dict[str, Any]:
+    """Step-0 loss and gradients of the `hf` engine."""
+
+    def work(payload: dict[str, Any]) -> dict[str, Any]:
+        bench = Bench(payload, "hf")
+        bench.model = bench.engine.add_lora(bench.model, bench.spec)
+        return bench.gradients(Path(payload["gradients"]))
+
+    return _guarded(work, payload)
+
+
+def _guarded(work: Any, payload: dict[str, Any]) -> dict[str, Any]:
+    """What the user must cure comes back as data, with the class of its reason, instead of as a traceback."""
+    try:
+        result: dict[str, Any] = work(payload)
+        return result
+    except UserError as error:
+        return {"user_error": {"message": error.message, "fix": error.fix, "skip_class": error.skip_class}}
+
+
+def _train(payload: dict[str, Any]) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    from sparkproof.engines import account
+    from sparkproof.engines.base import seed_lora
+    from sparkproof.engines.loop import evaluate, train_steps
+
+    bench = Bench(payload)
+    s, device, adapter = bench.scenario, bench.spec.device, Path(payload["adapter"])
+    with under_test("adding LoRA"):
+        bench.model = bench.engine.add_lora(bench.model, bench.spec)
+    seed_lora(bench.model, s.seed)
+    base_before = account.base_digest(bench.model)
+    progress("asking for the canary before training")
+    before, held_before = bench.answer(), evaluate(bench.model, bench.data.held_out, device)
+    with under_test("training"):
+        curve = train_steps(
+            bench.model,
+            bench.data.batches,
+            total_steps=s.steps,
+            learning_rate=s.learning_rate,
+            device=device,
+            tell=progress,
+        )
+    memory = account.peak_memory()
+    progress("asking for the canary after training")
+    after, held_after = bench.answer(), evaluate(bench.model, bench.data.held_out, device)
+    with under_test("saving the adapter"):
+        bench.engine.save_adapter(bench.model, adapter)
+    save_file({"logits": bench.probe()}, payload["probe"])
+    return {
+        **curve.to_json(),
+        "canary_before": before,
+        "canary_after": after,
+        "held_out_before": held_before,
+        "held_out_after": held_after,
+        "lora": account.lora_account(bench.model, s.lora.target_modules),
+        "tensors": account.tensor_digests(bench.model),
+        "base_before": base_before,
+        "base_after": account.base_digest(bench.model),
+        "ran": vars(bench.engine.ran(bench.model)),
+        "promises_repeat": bench.engine.promises_repeat,
+        "pretrained": bench.pretrained.to_json(),
+        "data": bench.data_account(),
+        "load_s": bench.load_s,
+        "memory": memory,
+        "versions": account.versions(),
+        "conditions": account.conditions(device),
+    }
+
+
+def _again(payload: dict[str, Any]) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    from sparkproof.engines.account import tensor_digests
+    from sparkproof.engines.base import seed_lora
+    from sparkproof.engines.loop import train_steps
+
+    bench = Bench(payload)
+    s = bench.scenario
+    progress("reading the adapter back")
+    with under_test("reading the adapter back"):
+        bench.model = bench.engine.read_adapter(bench.model, Path(payload["adapter"]), bench.spec)
+    tensors = tensor_digests(bench.model)
+    seen, kept = bench.probe(), load_file(payload["probe"])["logits"]
+    difference = float((seen - kept).norm() / kept.norm()) if seen.shape == kept.shape else math.inf
+    equal = seen.shape == kept.shape and bool((seen == kept).all())
+    repeat = None
+    if s.gate.repeat_steps and bench.engine.promises_repeat:
+        seed_lora(bench.model, s.seed)
+        with under_test("repeating the first steps"):
+            repeat = train_steps(
+                bench.model,
+                bench.data.batches[: s.gate.repeat_steps],
+                total_steps=s.steps,
+                learning_rate=s.learning_rate,
+                device=bench.spec.device,
+                tell=lambda text: progress(f"repeat: {text}"),
+            ).to_json()
+    progress("gradients of the first step")
+    own = bench.gradients(Path(payload["gradients"]))
+    plain = bench.gradients(Path(payload["plain"]), plain=True) if bench.engine.name == "hf" else None
+    return {
+        "tensors": tensors,
+        "logits_equal": equal,
+        "logits_difference": difference,
+        "repeat": repeat,
+        "gradients": own,
+        "plain": plain,
+        "data": bench.data_account(),
+    }

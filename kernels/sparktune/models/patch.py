@@ -1,0 +1,107 @@
+"""Put sparktune's ops into a loaded transformers model, and say exactly where they went.
+
+A family (one file beside this one) gives rules: a module's class, the subclass whose `forward` calls the op, and when
+that subclass computes the same thing. Patching gives each matching *instance* its subclass: nothing is replaced in the
+library, another model in the same process stays as it was, `isinstance` and PEFT's dispatch keep working, weights are
+not touched, and giving the class back undoes it.
+
+What does not match a rule's condition stays as it was and is listed with the reason: an unpatched module runs
+correctly and slowly, so the reader of a speed figure must see it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+FAMILIES = {"llama": "sparktune.models.llama"}  # transformers' config.model_type -> module with RULES
+REPORT_ATTRIBUTE = "_sparktune_patch_report"
+
+
+class UnknownFamilyError(ValueError):
+    """The model's family has no rules here, so no op of sparktune would run in it."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules of exactly the class `source` become `target`, which runs `op`, unless `refuse` gives a reason."""
+
+    op: str
+    source: type[nn.Module]
+    target: type[nn.Module]
+    refuse: Callable[[Any], str]  # module -> why not, or ""
+
+
+@dataclass
+class PatchReport:
+    """What was patched, by op, and what was left and why. Names are those of `model.named_modules()`."""
+
+    family: str
+    patched: dict[str, list[str]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Op -> number of modules that run it."""
+        return {op: len(names) for op, names in self.patched.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts by op, and the modules left with their reasons, counted by reason."""
+        return {"family": self.family, "patched": self.counts, "left": dict(Counter(self.left.values()))}
+
+    def __str__(self) -> str:
+        done = ", ".join(f"{op} in {n} modules" for op, n in self.counts.items()) or "nothing"
+        left = "; ".join(f"{n} left: {why}" for why, n in Counter(self.left.values()).items())
+        return f"sparktune patched {done} ({self.family}){'; ' + left if left else ''}"
+
+
+def rules_for(model: nn.Module) -> tuple[str, tuple[Rule, ...]]:
+    """The family's name and rules, from `model.config.model_type`. Raises UnknownFamilyError."""
+    family = str(getattr(getattr(model, "config", None), "model_type", "unknown"))
+    if family not in FAMILIES:
+        raise UnknownFamilyError(
+            f"sparktune has no rules for the model family '{family}', so none of its ops would run. "
+            f"Families it knows: {', '.join(sorted(FAMILIES))}."
+        )
+    return family, importlib.import_module(FAMILIES[family]).RULES
+
+
+def patch_model(model: nn.Module) -> PatchReport:
+    """Patch every module that a rule fits, in place; return (and keep on the model) the report. Twice is as once."""
+    family, rules = rules_for(model)
+    report = PatchReport(family, {rule.op: [] for rule in rules})
+    for name, module in model.named_modules():
+        for rule in rules:
+            if type(module) is rule.target:
+                report.patched[rule.op].append(name)
+            elif type(module) is rule.source:
+                # A hook on the instance (accelerate's offloading) would win over any class and hide the op.
+                hooked = "forward" in vars(module)
+                reason = "its forward is already replaced on the instance" if hooked else rule.refuse(module)
+                if reason:
+                    report.left[name] = f"{rule.op}: {reason}"
+                else:
+                    module.__class__ = rule.target
+                    report.patched[rule.op].append(name)
+    object.__setattr__(model, REPORT_ATTRIBUTE, report)
+    return report
+
+
+def unpatch_model(model: nn.Module) -> int:
+    """Give every patched module its own class back; return how many there were."""
+    _, rules = rules_for(model)
+    originals = {rule.target: rule.source for rule in rules}
+    undone = 0
+    for module in model.modules():
+        source = originals.get(type(module))
+        if source is not None:
+            module.__class__ = source
+            undone += 1
+    if hasattr(model, REPORT_ATTRIBUTE):
+        object.__delattr__(model, REPORT_ATTRIBUTE)
+    return undone
