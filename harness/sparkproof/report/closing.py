@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator
 
@@ -40,7 +41,9 @@ def failure_lines(result: CaseResult) -> Iterator[tuple[str, str]]:
         yield "evidence", f"{one_line(a.name)}: {seen}" if seen else one_line(a.name)
     if len(missed) > MISSED:
         yield "evidence", f"and {len(missed) - MISSED} more, in the report"
-    output = clean(result.output_tail).strip("\n") or clean(result.traceback).strip("\n")
+    output = clean(result.output_tail).strip("\n")
+    if not output and os.environ.get("SPARKPROOF_DEBUG"):  # a traceback is for developers; the record has it
+        output = clean(result.traceback).strip("\n")
     if output:
         yield "last output", "\n" + "\n".join(output.splitlines()[-OUTPUT_LINES:])
     if result.next_step:

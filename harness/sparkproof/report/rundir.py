@@ -107,7 +107,7 @@ def find_run(which: str, reports: Path) -> Path:
     if len(started) == 1:
         return reports / started[0]
     if not names:
-        raise UserError(f"There is no run in {reports}.", "`sparkproof validate` makes one.")
+        raise UserError(f"There is no run '{which}': {reports} holds none.", "`sparkproof validate` makes one.")
     if len(started) > 1:
         raise UserError(f"'{which}' may mean several runs: {', '.join(started[-5:])}.", "Give more of its name.")
     near = difflib.get_close_matches(which, names, n=1, cutoff=0.4) or names[-1:]
