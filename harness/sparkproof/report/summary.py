@@ -48,7 +48,7 @@ def _head(record: RunRecord) -> Iterable[str]:
     verdict = record.verdict
     sign = {"yes": "✅", "no": "❌", "not shown": "⚪"}[verdict.answer]
     yield f"## {sign} Can this machine fine-tune? {verdict.answer.capitalize()}\n"
-    yield f"{md(verdict.answer_sentence)}\n"
+    yield f"{prose(verdict.answer_sentence)}\n"
     yield f"**{md(record.sentence)}**\n"
     counts = verdict.counts
     names = [*(v.value for v in Verdict), "missing"]
@@ -63,16 +63,16 @@ def _failures(record: RunRecord) -> Iterable[str]:
         yield "### What went wrong, and what to do\n"
     for r in bad:
         yield f"#### {SYMBOLS[r.verdict]} {code(r.name)} {r.verdict.value}\n"
-        yield f"{md(r.reason) or 'No reason was given.'}\n"
+        yield f"{prose(r.reason) or 'No reason was given.'}\n"
         if r.next_step:
-            yield f"**Next step:** {md(r.next_step)}\n"
+            yield f"**Next step:** {prose(r.next_step)}\n"
         if r.rerun:
             yield fence(r.rerun, "sh")
         missed = [a for a in r.assertions if not a.passed]
         if missed:
             yield "| did not hold | seen, allowed | evidence |\n| --- | --- | --- |"
             for a in missed:
-                yield f"| {md(a.name)} | {md(held(a))} | {md(a.detail)} |"
+                yield f"| {md(a.name)} | {md(held(a))} | {prose(a.detail)} |"
             yield ""
         if r.output_tail or r.traceback:
             yield "<details><summary>last output</summary>\n"
@@ -130,6 +130,19 @@ def md(text: str) -> str:
     text = re.sub(r"([\\`*_\[\]|#~!$])", r"\\\1", text)
     text = re.sub(r"(?<!\w)@(?=\w)", "@\u200b", text)
     return re.sub(r"(https?):(?=//)", "\\1\u200b:", text)
+
+
+def prose(text: str) -> str:
+    """A sentence as plain text, but what it puts between backticks is code."""
+    parts = one_line(text)[:TEXT_CHARS].split("`")
+    if len(parts) % 2 == 0:  # an odd backtick marks nothing
+        return md(text)
+    return "".join(code(p) if i % 2 else _spaced(p) for i, p in enumerate(parts) if p.strip() or not i % 2)
+
+
+def _spaced(text: str) -> str:
+    """`md`, which trims, with the spaces at both ends kept."""
+    return " " * text.startswith(" ") + md(text) + " " * (text.endswith(" ") and bool(text.strip()))
 
 
 def code(text: str) -> str:
