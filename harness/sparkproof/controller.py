@@ -86,13 +86,16 @@ class Controller:
         self.planned = names
         settings = self.session.settings
         if self.recorder is None:
-            cases = [self.session.catalog.cases[n] for n in names if n in self.session.catalog.cases]
+            every = self.session.catalog.cases
+            cases = [every[n] for n in names if n in every]
+            required = {c.name for c in every.values() if c.scenario.profile.level <= settings.profile.level}
             self.recorder = records.Recorder.create(
                 settings.run_dir,
                 profile=settings.profile,
                 planned=[records.Planned(name=c.name, kind=c.kind, file=c.file, digest=catalog.digest(c)) for c in cases],
                 facts=settings.facts,
                 strict=settings.strict,
+                mode="profile" if required == {c.name for c in cases} and not settings.overrides else "selection",
             )
 
     def started(self, name: str) -> None:

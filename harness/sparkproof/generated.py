@@ -5,12 +5,12 @@ from __future__ import annotations
 
 def documents() -> dict[str, str]:
     """Path relative to the checkout -> text."""
-    from sparkproof.checks.catalogue import failures_markdown
+    from sparkproof.checks.catalogue import markdown
     from sparkproof.cli.listing import scenario_schema
     from sparkproof.report.model import report_schema
 
     return {
         "scenarios/scenario.schema.json": scenario_schema(),
         "reports/schema/report-1.json": report_schema(),
-        "docs/failures.md": failures_markdown(),
+        "docs/failures.md": markdown(),
     }

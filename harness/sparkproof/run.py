@@ -153,7 +153,7 @@ def start(request: Request, facts: Facts) -> Controller:
 def resume(request: Request, facts: Facts) -> Controller:
     """Go on with an earlier run: only cases without a result, or whose scenario changed, run."""
     run_dir = records.find_run(request.resume, request.reports)
-    recorder, before = records.Recorder.resume(run_dir)
+    recorder, before = records.Recorder.resume(run_dir, facts)
     root = catalog.scenarios_root(request.scenarios)
     found = catalog.load(root, request.overrides())
     missing = [n for n in before.to_run({c.name: catalog.digest(c) for c in found.cases.values()}) if n in found.cases]

@@ -69,11 +69,21 @@ def run_case(case: Case, context: Context) -> CaseResult:
     return CaseResult(**base, verdict=Verdict.PASSED, assertions=[good], measurements=[speed])
 
 
-if __name__ == "__main__":
-    sys.modules["fake_runner"] = type(sys)("fake_runner")
-    sys.modules["fake_runner"].run = run_case  # type: ignore[attr-defined]
+def install() -> None:
+    """Put the fakes in the place of the kernel runner and of the reading of this machine."""
+    module = sys.modules["fake_runner"] = type(sys)("fake_runner")
+    module.run = run_case  # type: ignore[attr-defined]
     registry._MODULES["kernel"] = "fake_runner"
     run.collect = controller.collect = lambda *a, **k: FACTS  # type: ignore[assignment]
+
+
+def pytest_configure() -> None:
+    """As a pytest plugin (`-p fake_harness`), also in xdist workers."""
+    install()
+
+
+if __name__ == "__main__":
+    install()
     from sparkproof.cli import main
 
     main()

@@ -209,10 +209,10 @@ def test_two_runs_at_once(run: Runner) -> None:
         (["validate", "k/as"], "Did you mean 'k/a'?"),
         (["validate", "--tag", "x"], "No scenario has the tag 'x'"),
         (["validate", "--scenarios", "nowhere"], "No folder nowhere"),
-        (["validate", "--resume", "nothing"], "nothing"),
+        (["validate", "--resume", "nothing"], "no run 'nothing'"),
         (["validate", "--model", "./no-such-folder"], "no-such-folder"),
         (["describe", "k/as"], "Did you mean 'k/a'?"),
-        (["report", "nothing"], "nothing"),
+        (["report", "nothing"], "no run 'nothing'"),
     ],
 )
 def test_wrong_words_get_one_sentence_and_a_fix(run: Runner, arguments: list[str], says: str) -> None:
@@ -298,16 +298,10 @@ def test_describe_explains_each_field(run: Runner) -> None:
 
 
 def pytest_run(run: Runner, *arguments: str) -> subprocess.CompletedProcess[str]:
-    code = (
-        f"import runpy, sys; sys.argv = ['x']; m = runpy.run_path({str(FAKE)!r}); "
-        "import types; from sparkproof.runners import registry; from sparkproof import controller; "
-        "sys.modules['fake_runner'] = types.SimpleNamespace(run=m['run_case']); "
-        "registry._MODULES['kernel'] = 'fake_runner'; controller.collect = lambda *a, **k: m['FACTS']; "
-        "import pytest; sys.exit(pytest.main(sys.argv[1:] + ['-p', 'no:cacheprovider'] + ARGS))"
-    ).replace("ARGS", repr(list(arguments)))
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=run.folder, env=run.environment(), capture_output=True, text=True, timeout=120
-    )
+    path = os.pathsep.join([str(FAKE.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-p", "fake_harness", "-p", "no:cacheprovider", *arguments]
+    env = run.environment(PYTHONPATH=path)
+    return subprocess.run(command, cwd=run.folder, env=env, capture_output=True, text=True, timeout=120)
 
 
 def test_plain_pytest_collects_selects_and_writes_junit(run: Runner) -> None:

@@ -1,0 +1,65 @@
+"""`sparkproof doctor`, `facts`, `snapshot` and `rollback`: about the machine rather than about a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.command()(doctor)
+    app.command()(facts)
+    app.command()(snapshot)
+    app.command()(rollback)
+
+
+def doctor(
+    facts_file: Path = typer.Option(None, "--facts", help="Judge these saved facts instead of this machine.", show_default=False),
+    topic: str = typer.Option("all", help="Only checks of this topic."),
+    network: bool = typer.Option(True, "--network/--no-network", help="Ask whether the hub can be reached."),
+    json_out: bool = typer.Option(False, "--json", help="As JSON."),
+) -> None:
+    """Find known failures, worst first, each with its evidence and its fix; exit 1 if one is an error."""
+    from sparkproof.cli import doctor as module
+
+    raise typer.Exit(module.doctor(facts_file, json_out, topic=topic, network=network))
+
+
+def facts(
+    save: Path = typer.Option(None, help="Keep what was read in this file.", show_default=False),
+    facts_file: Path = typer.Option(None, "--facts", help="Show these saved facts instead.", show_default=False),
+    network: bool = typer.Option(True, "--network/--no-network", help="Ask whether the hub can be reached."),
+    json_out: bool = typer.Option(False, "--json", help="As JSON."),
+) -> None:
+    """Show what was read of this machine."""
+    from sparkproof.cli import doctor as module
+
+    raise typer.Exit(module.facts(save, json_out, facts_file=facts_file, network=network))
+
+
+def snapshot(
+    out: Path = typer.Option(None, help="Where to; by default one place per user.", show_default=False),
+    environment: list[Path] = typer.Option([], help="Virtual environment to record (may be repeated)."),
+    force: bool = typer.Option(False, help="Replace an earlier snapshot, which is the way back."),
+    json_out: bool = typer.Option(False, "--json", help="Print the document."),
+) -> None:
+    """Record what an installation can change: packages, caches, containers, system packages. Changes nothing."""
+    from sparkproof.cli import rollback as module
+
+    raise typer.Exit(module.snapshot(out, environment or None, json_out, force))
+
+
+def rollback(
+    snapshot_file: Path = typer.Argument(None, help="The snapshot to go back to.", show_default=False),
+    yes: bool = typer.Option(False, "--yes", help="Carry it out; without it, only shown."),
+    include_caches: bool = typer.Option(False, help="Also what is new in caches, where your own models may lie."),
+    own: bool = typer.Option(False, help="Also all that sparkproof made: its environment, caches and reports."),
+    environment: list[Path] = typer.Option([], help="Only this environment (may be repeated)."),
+    json_out: bool = typer.Option(False, "--json", help="As JSON."),
+) -> None:
+    """Show the way back to a snapshot, or go it; exit 1 while leftovers remain."""
+    from sparkproof.cli import rollback as module
+
+    raise typer.Exit(module.rollback(snapshot_file, yes, include_caches, own, environment or None, json_out))
