@@ -91,6 +91,11 @@ def test_a_spark_whose_kernels_ran_elsewhere_is_not_validated(tmp_path: Path) ->
     assert "though there is a GPU, kernels ran in the interpreter" in record.sentence
 
 
+def test_a_profile_without_training_validates_nothing(tmp_path: Path) -> None:
+    record = record_of(tmp_path, [r for r in good_results() if r.kind != "train"])
+    assert record.sentence.startswith("NOT VALIDATED: no training was shown to learn on the GPU; 22 of 22")
+
+
 def test_nothing_at_all(tmp_path: Path) -> None:
     record = record_of(tmp_path, [])
     assert record.sentence == "NOT VALIDATED: nothing passed; 0 of 0 cases passed." and record.exit_code == 2

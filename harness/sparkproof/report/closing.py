@@ -108,20 +108,22 @@ def _table(record: RunRecord, width: int) -> Table:
 def _measured(record: RunRecord, width: int, safe: Callable[[str], str]) -> Table:
     """The main metric of each case that has one; on a narrow terminal name and value alone."""
     wide = width >= NARROW
+    rows = [(r, m) for r in record.results if (m := main_metric(r)) and r.verdict is not Verdict.SKIPPED]
+    shown = [(safe(r.name), f"{number(m.value)} {safe(m.unit)}".rstrip(), m) for r, m in rows[:MEASURED_ROWS]]
+    room = width - max((len(value) for _, value, _ in shown), default=0) - 3
+    longest = max((len(name) for name, _, _ in shown), default=0)
     table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0))
-    table.add_column("measured", overflow="fold", ratio=None)
+    table.add_column("measured", overflow="fold", min_width=min(longest, room * 4 // 5) if wide else None)
     table.add_column("", justify="right", no_wrap=True)
     if wide:
         table.add_column("", overflow="fold")
-    rows = [(r, m) for r in record.results if (m := main_metric(r)) and r.verdict is not Verdict.SKIPPED]
-    for r, m in rows[:MEASURED_ROWS]:
-        name = safe(r.name) if wide else shorten(safe(r.name), max(16, width - 24))
-        cells = [Text(name), Text(f"{number(m.value)} {safe(m.unit)}".rstrip())]
+    for name, value, m in shown:
+        cells = [Text(name if wide else shorten(name, max(16, room))), Text(value)]
         if wide:
-            against = (
+            compared = (
                 f", {safe(m.reference_name) or 'reference'} {number(m.reference)}" if m.reference is not None else ""
             )
-            cells.append(Text(f"{safe(label(m.name, m.unit))}{against}", "dim"))
+            cells.append(Text(f"{safe(label(m.name, m.unit))}{compared}", "dim"))
         table.add_row(*cells)
     if len(rows) > MEASURED_ROWS:
         table.add_row(Text(f"and {len(rows) - MEASURED_ROWS} more, in the report"), *[""] * (2 if wide else 1))

@@ -8,12 +8,14 @@ nobody reads any more (a closed pipe), the run goes on in silence.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
@@ -41,8 +43,8 @@ METRICS = 4  # `P:` lines of one case
 class LiveReporter:
     """Shows one run. Safe to call from several threads."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or _console()
+    def __init__(self, console: RunConsole | None = None) -> None:
+        self.console = console or RunConsole()
         self.total = 0
         self.done: Counter[Verdict] = Counter()
         self.running: dict[str, float] = {}
@@ -139,10 +141,6 @@ class LiveReporter:
 
     def _say(self, what: RenderableType) -> None:
         with self._lock, self._quietly():
-            if isinstance(what, Text) and self.console.encoding.lower() not in ("utf-8", "utf8"):
-                encoding = self.console.encoding
-                plain = what.plain.encode(encoding, errors="replace").decode(encoding)
-                what = Text(plain, what.style)
             self.console.print(what, soft_wrap=isinstance(what, Text), highlight=False, markup=False)
 
     @contextmanager
@@ -200,8 +198,19 @@ class _Block:
         yield Text(", ".join(p for p in parts if p)[: width - 1], "dim", no_wrap=True, overflow="ellipsis")
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PLAIN_WIDTH)
-    return console
+class RunConsole(Console):
+    """A console that can't end a run: rich's own exits the program when the reader of a pipe has gone."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(highlight=False, **settings)
+        if not self.is_terminal and "width" not in settings:
+            self.width = PLAIN_WIDTH
+        reconfigure = getattr(self.file, "reconfigure", None)
+        if reconfigure is not None:  # a terminal without Unicode gets question marks, not an exception
+            reconfigure(errors="replace")
+
+    def on_broken_pipe(self) -> None:
+        """Go on in silence; what Python flushes at its end goes nowhere."""
+        self.quiet = True
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())

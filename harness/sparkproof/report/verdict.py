@@ -64,6 +64,9 @@ def judge(
         reasons.append(f"only a selection of profile {profile} was run")
     if not counts["passed"]:
         reasons.append("nothing passed")
+    answer, answer_sentence = can_fine_tune(facts, results, missing)
+    if not reasons and answer != "yes":
+        reasons.append("no training was shown to learn on the GPU")
     validated = not reasons
     if validated:
         apart = counts["skipped"]
@@ -72,7 +75,6 @@ def judge(
         sentence = f"VALIDATED: {facts.device_sentence()} passed all {passed} of profile {profile}{note}."
     else:
         sentence = f"NOT VALIDATED: {'; '.join(reasons)}; {_tally(counts)}."
-    answer, answer_sentence = can_fine_tune(facts, results, missing)
     return RunVerdict(validated, sentence, answer, answer_sentence, counts)
 
 

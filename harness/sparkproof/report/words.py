@@ -157,5 +157,6 @@ def shorten(name: str, width: int) -> str:
     name = one_line(name)
     if len(name) <= width or width < 8:
         return name
-    head = (width - 3) // 3
-    return f"{name[:head]}...{name[-(width - 3 - head) :]}"
+    matrix = len(name) - name.index("[") if "[" in name else 0
+    tail = max(width - 3 - (width - 3) // 3, matrix if matrix <= width - 6 else 0)
+    return f"{name[: width - 3 - tail]}...{name[-tail:]}"
