@@ -55,7 +55,9 @@ def check_prerequisites() -> None:
     if not shutil.which("git"):
         missing.append("git")
     if missing:
-        stop(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: sudo apt install {' '.join(missing)}")
+        stop(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: sudo apt install {' '.join(missing)}"
+        )
 
 
 def has_nvidia_gpu() -> bool:
@@ -76,7 +78,11 @@ def uv_settings() -> dict[str, str]:
     """uv's index and find-links settings as pip's variables; pip's own win where both are set."""
     config: dict[str, object] = {}
     home = Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config"))
-    for path in (Path("/etc/uv/uv.toml"), home / "uv" / "uv.toml", Path(os.environ.get("UV_CONFIG_FILE", "/nonexistent"))):
+    for path in (
+        Path("/etc/uv/uv.toml"),
+        home / "uv" / "uv.toml",
+        Path(os.environ.get("UV_CONFIG_FILE", "/nonexistent")),
+    ):
         if path.is_file():
             with path.open("rb") as f:
                 data = tomllib.load(f)
@@ -149,7 +155,9 @@ def main() -> None:
     if stamp.is_file() and python.exists() and json.loads(stamp.read_text())["digest"] == wanted:
         return
     stamp.unlink(missing_ok=True)
-    print(f"sparkproof set-up: {target}, {'NVIDIA GPU found' if gpu else 'no NVIDIA GPU: CPU build of torch'}", flush=True)
+    print(
+        f"sparkproof set-up: {target}, {'NVIDIA GPU found' if gpu else 'no NVIDIA GPU: CPU build of torch'}", flush=True
+    )
     env = {**os.environ, **uv_settings()}
     for name in ("PYTHONPATH", "PIP_USER", "PIP_TARGET"):
         env.pop(name, None)
@@ -157,8 +165,10 @@ def main() -> None:
         [sys.executable, "-m", "venv", "--clear", str(target)], capture_output=True, text=True, check=False
     )
     if r.returncode:
-        stop(f"the virtual environment could not be made ({(r.stderr or r.stdout).strip().splitlines()[-1]}): "
-             "sudo apt install python3-venv, and look at the free space")
+        stop(
+            f"the virtual environment could not be made ({(r.stderr or r.stdout).strip().splitlines()[-1]}): "
+            "sudo apt install python3-venv, and look at the free space"
+        )
     pip(python, "locked packages", "--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", str(LOCK), env=env)
     install_torch(python, spec, env)
     pip(python, "sparkproof itself", "--no-deps", "--no-build-isolation", "--no-index", "-e", str(ROOT), env=env)

@@ -92,7 +92,9 @@ class Controller:
             self.recorder = records.Recorder.create(
                 settings.run_dir,
                 profile=settings.profile,
-                planned=[records.Planned(name=c.name, kind=c.kind, file=c.file, digest=catalog.digest(c)) for c in cases],
+                planned=[
+                    records.Planned(name=c.name, kind=c.kind, file=c.file, digest=catalog.digest(c)) for c in cases
+                ],
                 facts=settings.facts,
                 strict=settings.strict,
                 mode="profile" if required == {c.name for c in cases} and not settings.overrides else "selection",

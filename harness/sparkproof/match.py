@@ -46,7 +46,10 @@ def unmet(requires: Requires, facts: Facts) -> tuple[ReasonClass, str] | None:
     if requires.network and not facts.network.hub_reachable:
         return ReasonClass.NETWORK, "needs the Hugging Face hub, which was not reached"
     if requires.container_engine and not facts.container.usable:
-        return ReasonClass.CONTAINER, f"needs Docker or Podman to answer: {facts.container.error or 'none is installed'}"
+        return (
+            ReasonClass.CONTAINER,
+            f"needs Docker or Podman to answer: {facts.container.error or 'none is installed'}",
+        )
     missing = [p for p in requires.packages if p.lower().replace("_", "-") not in facts.packages]
     if missing:
         return ReasonClass.SOFTWARE, f"needs {', '.join(missing)}, which is not installed"

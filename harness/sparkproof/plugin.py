@@ -38,7 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options for those who call pytest themselves; `sparkproof validate` sets the same things."""
     group = parser.getgroup("sparkproof", "sparkproof scenarios")
     group.addoption(
-        "--profile", choices=[p.value for p in Profile], help="scenarios of this profile (default: smoke, or quick with a GPU)"
+        "--profile",
+        choices=[p.value for p in Profile],
+        help="scenarios of this profile (default: smoke, or quick with a GPU)",
     )
     group.addoption("--reports", default="reports", help="folder for the run's reports (default: reports)")
     group.addoption("--strict-verdict", action="store_true", help="a skipped case fails the run")

@@ -112,7 +112,10 @@ class CaseResult(Strict):
             more = f" (and {len(hard) - 1} more)" if len(hard) > 1 else ""
             a = hard[0]
             seen = "" if a.value is None else f": {a.value}{' ' + a.unit if a.unit else ''}"
-            return Verdict.FAILED, f"{a.name}{seen}{', allowed ' + a.bound if a.bound else ''}{more}. {a.detail}".strip()
+            return (
+                Verdict.FAILED,
+                f"{a.name}{seen}{', allowed ' + a.bound if a.bound else ''}{more}. {a.detail}".strip(),
+            )
         if any(not a.passed for a in assertions):
             return Verdict.RETEST, "Speed can't be judged: a canary was out of band or clocks were throttled."
         return Verdict.PASSED, ""

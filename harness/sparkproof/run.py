@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -27,6 +27,7 @@ from sparkproof.measure.memory import default_floor_gib
 from sparkproof.profiles import load_profile
 from sparkproof.report import record as records
 from sparkproof.report.views import write_all
+from sparkproof.rollback import manifest
 from sparkproof.scenario import Case, EngineName, Profile
 from sparkproof.session import RunSession, Settings
 
@@ -102,7 +103,9 @@ def dry_run(request: Request) -> int:
     console.print(table)
     for p in found.problems:
         console.print(f"[red]wrong:[/red] {escape(str(p))}")
-    console.print(f"{len(cases) - skipped} would run, {skipped} would be skipped, {len(found.problems)} files are wrong.")
+    console.print(
+        f"{len(cases) - skipped} would run, {skipped} would be skipped, {len(found.problems)} files are wrong."
+    )
     return 2 if found.problems else 0
 
 
@@ -114,7 +117,7 @@ def validate(request: Request) -> int:
     with only_run("sparkproof validate", wait=request.wait):
         _preflight_model(request)
         console = Console(stderr=True)
-        with console.status("reading this machine ...") if console.is_terminal else suppress():
+        with console.status("reading this machine ...") if console.is_terminal else nullcontext():
             facts = collect()
         controller = resume(request, facts) if request.resume else start(request, facts)
         return execute(controller, request.workers)
@@ -134,6 +137,7 @@ def start(request: Request, facts: Facts) -> Controller:
     root = catalog.scenarios_root(request.scenarios)
     profile = request.profile or default_profile(facts)
     found, cases = select(request, root, profile)
+    new_reports = not request.reports.exists()
     whole = not (request.names or request.kinds or request.tags or request.engine)
     settings = Settings(
         run_dir=records.new_run_dir(request.reports),
@@ -145,9 +149,19 @@ def start(request: Request, facts: Facts) -> Controller:
         strict=request.strict,
         facts=facts,
     )
+    _own(request.reports if new_reports else None)
     controller = Controller.live(RunSession(settings), load_profile(root, profile))
     controller.announce(cases, found.problems)
     return controller
+
+
+def _own(reports: Path | None) -> None:
+    """List what is ours on this machine: a reports folder made just now, and the environment that `make` made."""
+    with suppress(OSError):
+        if reports is not None:
+            manifest.add(reports, "reports")
+        if (Path(sys.prefix) / "sparkproof-setup.json").exists():
+            manifest.add(sys.prefix, "venv")
 
 
 def resume(request: Request, facts: Facts) -> Controller:

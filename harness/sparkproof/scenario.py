@@ -42,7 +42,9 @@ class Requires(Strict):
     unified_memory: bool = Field(default=False, description="CPU and GPU share one memory pool (GB10).")
     arch: list[Literal["aarch64", "x86_64"]] = Field(default_factory=list, description="CPU architectures; empty: any.")
     memory_gib: float = Field(default=0, ge=0, description="Memory that must be available before the start, in GiB.")
-    gpu_memory_gib: float = Field(default=0, ge=0, description="GPU memory that must be free (the pool, if unified), GiB.")
+    gpu_memory_gib: float = Field(
+        default=0, ge=0, description="GPU memory that must be free (the pool, if unified), GiB."
+    )
     disk_gib: float = Field(default=0, ge=0, description="Free disk under the reports folder, in GiB.")
     network: bool = Field(default=False, description="The Hugging Face hub must be reachable.")
     container_engine: bool = Field(default=False, description="Docker or Podman must answer.")
@@ -59,7 +61,9 @@ class ScenarioBase(Strict):
     )
     requires: Requires = Field(default_factory=Requires, description="Capabilities matched against Facts.")
     timeout_s: float = Field(default=300, gt=0, description="Wall-clock limit of one case, in seconds.")
-    matrix: dict[str, list[Any]] = Field(default_factory=dict, description="Field -> values; the product makes the cases.")
+    matrix: dict[str, list[Any]] = Field(
+        default_factory=dict, description="Field -> values; the product makes the cases."
+    )
 
     @property
     def timed(self) -> bool:
@@ -93,6 +97,7 @@ class KernelScenario(ScenarioBase):
 
     @property
     def timed(self) -> bool:
+        """Only the speed task is."""
         return self.task == "speed"
 
 
@@ -118,10 +123,14 @@ class LearningGate(Strict):
     canary_prompt: str = Field(description="Question whose answer the base model cannot know.")
     canary_answer: str = Field(description="Answer that is absent before training and generated after.")
     repeat_steps: int = Field(
-        default=5, ge=0, description="Steps that a second fresh process repeats bit for bit; 0: the engine promises none."
+        default=5,
+        ge=0,
+        description="Steps that a second fresh process repeats bit for bit; 0: the engine promises none.",
     )
     parity_loss: float = Field(default=0.02, gt=0, description="Largest step-0 loss difference from hf, in nats.")
-    parity_grad: float = Field(default=0.02, gt=0, description="Largest relative L2 difference of all LoRA gradients from hf.")
+    parity_grad: float = Field(
+        default=0.02, gt=0, description="Largest relative L2 difference of all LoRA gradients from hf."
+    )
 
 
 class TrainScenario(ScenarioBase):
@@ -131,7 +140,9 @@ class TrainScenario(ScenarioBase):
     model: str = Field(default="embedded:smollm2-135m", description="'embedded:smollm2-135m', a folder, or a hub id.")
     revision: str = Field(default="", description="Hub commit of the model; required for a hub id.")
     engine: EngineName = Field(default="hf", description="Which engine trains.")
-    dataset: str = Field(default="chatterbot:english", description="'chatterbot:english', or a JSON Lines file of messages.")
+    dataset: str = Field(
+        default="chatterbot:english", description="'chatterbot:english', or a JSON Lines file of messages."
+    )
     steps: int = Field(default=40, ge=5, description="Optimiser steps.")
     batch: int = Field(default=2, ge=1, description="Rows a step.")
     seq_len: int = Field(default=64, ge=16, description="Tokens a row, at most; longer conversations are cut.")
@@ -143,6 +154,7 @@ class TrainScenario(ScenarioBase):
 
     @property
     def timed(self) -> bool:
+        """Always: tokens a second are measured."""
         return True
 
     @model_validator(mode="after")
@@ -165,7 +177,9 @@ class ExportScenario(ScenarioBase):
         description="What it must agree with: merging happens into the 16-bit base, training ran over the 4-bit one.",
     )
     max_kl: float = Field(gt=0, description="Largest mean KL(reference || exported) over positions, in nats.")
-    clear_margin: float = Field(default=0.5, gt=0, description="Top-1 must agree where the reference leads by this, in nats.")
+    clear_margin: float = Field(
+        default=0.5, gt=0, description="Top-1 must agree where the reference leads by this, in nats."
+    )
     prompts: list[str] = Field(
         default_factory=lambda: [
             "What is the capital of France?",

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from sparkproof.match import unmet
 from sparkproof.measure.exclusive import gpu_lock
 from sparkproof.measure.memory import default_floor_gib
 from sparkproof.results import CaseResult, ReasonClass, Strict, Verdict
+from sparkproof.rollback import manifest
 from sparkproof.runners.base import Context
 from sparkproof.runners.registry import runner
 from sparkproof.scenario import Case, Profile
@@ -41,7 +42,9 @@ class Settings(Strict):
     scenarios: Path
     profile: Profile
     selected: list[str] | None = Field(default=None, description="Names to run; None: all of the profile.")
-    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Kind -> fields set by the command line.")
+    overrides: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Kind -> fields set by the command line."
+    )
     cache_dir: Path = Field(default_factory=default_cache_dir)
     memory_floor_gib: float = Field(default_factory=default_floor_gib)
     strict: bool = False
@@ -73,6 +76,7 @@ class RunSession:
         """Match, lock, run, and finish the result; never raises but for Ctrl-C."""
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         clock = time.monotonic()
+        self._own()
         result = self._run(case)
         if result.verdict is Verdict.PASSED and not result.assertions:
             result.verdict, result.reason = Verdict.BROKEN, "The case asserted nothing."
@@ -81,6 +85,13 @@ class RunSession:
         result.started, result.duration_s = started, round(time.monotonic() - clock, 3)
         result.rerun = rerun_command(case.name, self.settings)
         return result
+
+    def _own(self) -> None:
+        """Put what this run makes outside its reports on the list of ours, so that `rollback --own` finds it."""
+        if not self.settings.cache_dir.exists():
+            with suppress(OSError):  # a list that can't be written must not stop a run
+                self.settings.cache_dir.mkdir(parents=True)
+                manifest.add(self.settings.cache_dir, "cache")
 
     def _run(self, case: Case) -> CaseResult:
         facts = self.settings.facts

@@ -36,7 +36,12 @@ def run_case(case: Case, context: Context) -> CaseResult:
             bad = Assertion(name="dx error ratio", passed=False, value=7.5, bound="<= 2", detail="family outlier")
             verdict, reason = CaseResult.decide([good, bad])
             return CaseResult(
-                **base, verdict=verdict, reason=reason, assertions=[good, bad], next_step="Look at dx.", output_tail="the last line"
+                **base,
+                verdict=verdict,
+                reason=reason,
+                assertions=[good, bad],
+                next_step="Look at dx.",
+                output_tail="the last line",
             )
         case "break":
             raise RuntimeError("a fault of the harness")
@@ -65,7 +70,9 @@ def run_case(case: Case, context: Context) -> CaseResult:
                         f.flush()
             except OSError:
                 pass
-    speed = Measurement(name="tokens_per_s", value=123.4, unit="tokens/s", higher_is_better=True, samples=[120.0, 126.8])
+    speed = Measurement(
+        name="tokens_per_s", value=123.4, unit="tokens/s", higher_is_better=True, samples=[120.0, 126.8]
+    )
     return CaseResult(**base, verdict=Verdict.PASSED, assertions=[good], measurements=[speed])
 
 

@@ -8,7 +8,6 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-
 from sparkproof import catalog
 from sparkproof.errors import UserError
 from sparkproof.scenario import Profile
@@ -37,7 +36,9 @@ def test_each_export_case_names_a_train_case_that_exists() -> None:
 
 
 def test_matrix_gives_stable_unique_names(tmp_path: Path) -> None:
-    write(tmp_path, "kernels/rms_norm", {**KERNEL, "matrix": {"dtype": ["fp32", "bf16"], "variant": ["llama", "gemma"]}})
+    write(
+        tmp_path, "kernels/rms_norm", {**KERNEL, "matrix": {"dtype": ["fp32", "bf16"], "variant": ["llama", "gemma"]}}
+    )
     names = list(catalog.load(tmp_path).cases)
     assert names == [
         "kernels/rms_norm[dtype=fp32,variant=llama]",
@@ -68,7 +69,12 @@ def test_expansion_is_the_product_with_unique_names(dtypes: list[str], variants:
         ("kind: kernel\nsummary: a long enough text\n", 1, "op", "required"),
         ("kind: kernel\nsummary: a long enough text\nop: x\ntimeout_s: -1\n", 4, "timeout_s", "greater than 0"),
         ("kind: kernel\nsummary: a long enough text\nop: x\nrequires:\n  gpus: true\n", 5, "requires.gpus", "'gpu'"),
-        ("kind: kernel\nsummary: a long enough text\nop: x\nmatrix:\n  dtyp: [a]\n", 4, "matrix", "Did you mean 'dtype'?"),
+        (
+            "kind: kernel\nsummary: a long enough text\nop: x\nmatrix:\n  dtyp: [a]\n",
+            4,
+            "matrix",
+            "Did you mean 'dtype'?",
+        ),
         ("kind: kernel\nsummary: a long enough text\nop: x\nmatrix: {dtype: []}\n", 4, "matrix", "at least one value"),
         ("kind: kernel\nsummary: a long enough text\nop: x\nop: y\n", 4, "op", "written twice"),
         ("kind: kernel\nsummary: [unclosed\n", 3, "", "not valid YAML"),

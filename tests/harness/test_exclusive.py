@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from sparkproof.errors import UserError
 from sparkproof.measure.exclusive import gpu_lock, only_run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from sparkproof.facts.model import Container, Disk, Facts, Gpu, Memory, Network
 from sparkproof.match import unmet
 from sparkproof.results import ReasonClass

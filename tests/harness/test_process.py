@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from sparkproof.measure.memory import default_floor_gib
 from sparkproof.runners import process
 from sparkproof.runners.base import Context
@@ -69,9 +68,15 @@ def talk(payload: dict) -> dict:
 
 @pytest.fixture
 def spawn(tmp_path: Path):
-    def go(function: str, payload: dict | None = None, timeout_s: float = 30, floor: float = 0.01, progress=lambda t: None):
+    def go(
+        function: str, payload: dict | None = None, timeout_s: float = 30, floor: float = 0.01, progress=lambda t: None
+    ):
         context = Context(
-            run_dir=tmp_path, facts=None, cache_dir=tmp_path, memory_floor_gib=floor, progress=progress  # type: ignore[arg-type]
+            run_dir=tmp_path,
+            facts=None,
+            cache_dir=tmp_path,
+            memory_floor_gib=floor,
+            progress=progress,  # type: ignore[arg-type]
         )
         env = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
         return context.spawn(

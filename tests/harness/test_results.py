@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from sparkproof.results import Assertion, CaseResult, Verdict, exit_code
 
 P, F, B, S, R = Verdict.PASSED, Verdict.FAILED, Verdict.BROKEN, Verdict.SKIPPED, Verdict.RETEST
@@ -15,7 +14,10 @@ def test_a_case_that_asserts_nothing_is_broken() -> None:
 
 def test_one_miss_fails_and_is_named_with_value_and_bound() -> None:
     verdict, reason = CaseResult.decide(
-        [Assertion(name="a", passed=True), Assertion(name="loss fell", passed=False, value=0.01, bound=">= 0.5", unit="nats")]
+        [
+            Assertion(name="a", passed=True),
+            Assertion(name="loss fell", passed=False, value=0.01, bound=">= 0.5", unit="nats"),
+        ]
     )
     assert verdict is F
     assert "loss fell: 0.01 nats, allowed >= 0.5" in reason

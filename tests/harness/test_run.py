@@ -1,4 +1,4 @@
-"""`validate` from end to end over fake cases: record, views, exit codes, resume, interruption, and every kind of bad luck."""
+"""`validate` from end to end over fake cases: record, views, exit codes, resume, interruption, every kind of bad luck."""
 
 from __future__ import annotations
 
@@ -39,13 +39,19 @@ class Runner:
             **os.environ,
             "SPARKPROOF_LOCK_DIR": str(self.folder / "locks"),
             "SPARKPROOF_CACHE": str(self.folder / "cache"),
+            "SPARKPROOF_MANIFEST": str(self.folder / "manifest.jsonl"),
             "COLUMNS": "200",
             **extra,
         }
 
     def __call__(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*arguments), cwd=self.folder, env=self.environment(**env), capture_output=True, text=True, timeout=120
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment(**env),
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
 
     def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:

@@ -102,7 +102,7 @@ def describe(
 
 def schemas(
     check: bool = typer.Option(False, help="Only say whether the committed files are fresh (exit 1 if not)."),
-    root: Path = typer.Option(Path("."), help="Checkout whose schema files are written."),
+    root: Path = typer.Option(Path(), help="Checkout whose schema files are written."),
 ) -> None:
     """Write the JSON Schemas for editors and readers of reports, and the table of known failures."""
     from sparkproof.generated import documents

@@ -16,7 +16,9 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    facts_file: Path = typer.Option(None, "--facts", help="Judge these saved facts instead of this machine.", show_default=False),
+    facts_file: Path = typer.Option(
+        None, "--facts", help="Judge these saved facts instead of this machine.", show_default=False
+    ),
     topic: str = typer.Option("all", help="Only checks of this topic."),
     network: bool = typer.Option(True, "--network/--no-network", help="Ask whether the hub can be reached."),
     json_out: bool = typer.Option(False, "--json", help="As JSON."),

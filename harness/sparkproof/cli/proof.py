@@ -22,8 +22,9 @@ def register(app: typer.Typer) -> None:
 
 
 def _known_ops(ops: list[str]) -> list[str] | None:
-    from sparkproof.catalog import nearest
     from sparktune.ops.spec import op_names
+
+    from sparkproof.catalog import nearest
 
     known = op_names()
     for op in ops:

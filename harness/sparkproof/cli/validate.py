@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 
 def validate(
     names: list[str] = typer.Argument(
-        None, help="Cases to run: names, parts of names, or patterns with * and ?. None: the whole profile.", show_default=False
+        None,
+        help="Cases to run: names, parts of names, or patterns with * and ?. None: the whole profile.",
+        show_default=False,
     ),
     profile: Profile = typer.Option(
         None, help="How much to run; smoke without a GPU and quick with one, unless given.", show_default=False
@@ -30,7 +32,9 @@ def validate(
     steps: int = typer.Option(0, help="Optimiser steps of training cases, instead of the scenarios' own.", min=0),
     resume: str = typer.Option("", help="Finish this run: its folder, its name, or 'latest'."),
     reports: Path = typer.Option(Path("reports"), help="Folder for the run's reports."),
-    scenarios: Path = typer.Option(None, help="Folder with scenarios, instead of the project's own.", show_default=False),
+    scenarios: Path = typer.Option(
+        None, help="Folder with scenarios, instead of the project's own.", show_default=False
+    ),
     workers: int = typer.Option(0, "-n", "--workers", help="Run correctness cases in this many processes.", min=0),
     memory_floor: float = typer.Option(
         0, help="End a case when available memory falls under this many GiB (default: an eighth, at most 16).", min=0
@@ -39,7 +43,9 @@ def validate(
     dry_run: bool = typer.Option(False, help="Show what would run and what would be skipped, and stop."),
     facts: Path = typer.Option(None, help="With --dry-run: facts of another machine.", show_default=False),
     wait: bool = typer.Option(False, help="Wait for a run in progress instead of stopping."),
-    reported: bool = typer.Option(True, "--report/--no-report", help="Write the HTML, JSON, JUnit and Markdown views.", hidden=True),
+    reported: bool = typer.Option(
+        True, "--report/--no-report", help="Write the HTML, JSON, JUnit and Markdown views.", hidden=True
+    ),
 ) -> None:
     """Judge this machine: run scenarios, record every case, and say one verdict."""
     from sparkproof import run

@@ -5,7 +5,6 @@ distribution whose metadata is already gone are known from here alone. The file 
 when nothing is left to resume.
 """
 
-# ruff: noqa: PTH123
 # Paths are plain text in this file: Path would fold or reject what must be compared exactly.
 from __future__ import annotations
 

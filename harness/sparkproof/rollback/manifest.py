@@ -3,7 +3,6 @@
 An entry remembers the device and inode of what it names. If something else lies there later, it is not ours and stays.
 """
 
-# ruff: noqa: PTH123
 # Paths are plain text in this file: Path would fold or reject what must be compared exactly.
 from __future__ import annotations
 

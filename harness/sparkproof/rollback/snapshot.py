@@ -3,7 +3,7 @@
 Reading only: nothing on the machine is changed, and a missing tool is written down, not raised.
 """
 
-# ruff: noqa: PTH100, PTH109, PTH123
+# ruff: noqa: PTH100, PTH109
 # Paths are plain text in this file: Path would fold or reject what must be compared exactly.
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         payload = json.loads(Path(payload_path).read_text(encoding="utf-8"))
         function = getattr(importlib.import_module(module), name)
         document = {"result": function(payload)}
-    except BaseException as error:  # noqa: BLE001 - everything must reach the parent
+    except BaseException as error:
         traceback.print_exc()
         document = {
             "error": {
