@@ -57,15 +57,19 @@ class Chart:
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers from `low` to `high`, at most `most` + 1 of them; the first and last enclose the range."""
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return [0.0, 1.0]
-    if high <= low:
-        high = low + (abs(low) or 1.0)
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * size or size == 0:  # one value, as far as a drawing goes
+        low, high = low - size / 2, high + (size / 2 or 1.0)
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(k * step, 12) for k in range(first, last + 1)]
+    return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
+
+
+def drawable(value: float | None) -> bool:
+    """Whether a number has a place on an axis; beyond these bounds the arithmetic of axes itself overflows."""
+    return value is not None and math.isfinite(value) and (value == 0 or 1e-30 < abs(value) < 1e30)
 
 
 def _f(x: float) -> str:
@@ -86,7 +90,7 @@ def _text(x: float, y: float, text: str, cls: str = "tick", anchor: str = "middl
 def line_chart(title: str, lines: Sequence[Line], y_name: str, x_name: str, note: str) -> Chart | None:
     """Curves over their index, counted from 1; None when there is nothing to draw."""
     lines = lines[:SERIES]
-    finite = [v for line in lines for v in line.values if math.isfinite(v)]
+    finite = [v for line in lines for v in line.values if drawable(v)]
     longest = max((len(line.values) for line in lines), default=0)
     if not finite or longest < 2:
         return None
@@ -120,12 +124,12 @@ def line_chart(title: str, lines: Sequence[Line], y_name: str, x_name: str, note
                 points = " ".join(f"{_f(px(s))},{_f(py(v))}" for s, v in run)
                 parts.append(f'<polyline points="{points}" class="line s{i}"{dash}/>')
         for step, value in enumerate(line.values, 1):
-            if not math.isfinite(value):
+            if not drawable(value):
                 parts.append(_text(px(step), TOP + 8, "×", f"gap f{i}"))
-        ends = [v for v in line.values if math.isfinite(v)]
+        ends = [v for v in line.values if drawable(v)]
         if ends:
             said.append(f"{line.name}: from {number(ends[0])} to {number(ends[-1])}")
-    gaps = sum(not math.isfinite(v) for line in lines for v in line.values)
+    gaps = sum(not drawable(v) for line in lines for v in line.values)
     footnote = f"× marks {gaps} step{'s' if gaps > 1 else ''} that gave no finite number." if gaps else ""
     svg = _svg(HEIGHT, f"{title}, {y_name}. {'; '.join(said)}", parts)
     legend = [(i, one_line(line.name)) for i, line in enumerate(lines)]
@@ -136,7 +140,7 @@ def _runs(values: Sequence[float]) -> list[list[tuple[int, float]]]:
     """Stretches without a gap, as (step, value)."""
     runs: list[list[tuple[int, float]]] = [[]]
     for step, value in enumerate(values, 1):
-        if math.isfinite(value):
+        if drawable(value):
             runs[-1].append((step, value))
         elif runs[-1]:
             runs.append([])
@@ -145,10 +149,10 @@ def _runs(values: Sequence[float]) -> list[list[tuple[int, float]]]:
 
 def bar_chart(title: str, bars: Sequence[Bar], unit: str, note: str, reference_name: str = "") -> Chart | None:
     """A row a bar, from zero; where values lie too far apart for that, points on a logarithmic axis."""
-    bars = [b for b in bars if math.isfinite(b.value)]
+    bars = [b for b in bars if drawable(b.value)]
     if not bars:
         return None
-    every = [v for b in bars for v in (b.value, b.low, b.high, b.reference) if v is not None and math.isfinite(v)]
+    every = [v for b in bars for v in (b.value, b.low, b.high, b.reference) if v is not None and drawable(v)]
     log = min(every) > 0 and max(b.value for b in bars) / min(b.value for b in bars) > LOG_SPREAD
     row, left, top = 36, 4, 4
     height = top + row * len(bars) + 34
@@ -189,17 +193,11 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str, note: str, reference_n
             box = f'x="{_f(start)}" y="{y + 16}" width="{_f(length)}" height="14" rx="2"'
             parts.append(f'<rect {box} class="fill {colour}"/>')
         end = max(x, zero)
-        if (
-            b.low is not None
-            and b.high is not None
-            and math.isfinite(b.low)
-            and math.isfinite(b.high)
-            and (b.low > 0 or not log)
-        ):
+        if b.low is not None and b.high is not None and drawable(b.low) and drawable(b.high) and (b.low > 0 or not log):
             a, z, mid = px(b.low), px(b.high), y + 23
             parts.append(f'<path d="M{_f(a)},{mid - 4}v8M{_f(a)},{mid}H{_f(z)}M{_f(z)},{mid - 4}v8" class="whisker"/>')
             end = max(end, z)
-        if b.reference is not None and math.isfinite(b.reference) and (b.reference > 0 or not log):
+        if b.reference is not None and drawable(b.reference) and (b.reference > 0 or not log):
             referenced = True
             at = px(b.reference)
             parts.append(f'<line x1="{_f(at)}" x2="{_f(at)}" y1="{y + 13}" y2="{y + 33}" class="reference"/>')
