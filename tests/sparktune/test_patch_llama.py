@@ -285,13 +285,12 @@ class TestRepacking:
         with pytest.raises(RuntimeError, match="0 was repacked"):
             cpu_repack.assert_layout(nn.Sequential(layer))
 
-    @pytest.mark.parametrize("loader", ["hf", "sparktune"])
-    def test_both_engines_apply_it_before_they_build(self, loader, folder):
+    def test_both_engines_apply_it_before_they_build(self, folder):
         """In a fresh process that believes itself on such a CPU, a generate leaves the weights as they were."""
         script = f"""
 import sys, torch, bitsandbytes.nn.modules as modules
 from pathlib import Path
-modules.has_avx512bf16 = lambda: True
+believe = lambda: True
 modules._convert_weight_packed_for_cpu = lambda *a: sys.exit("repacked")
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -300,12 +299,13 @@ PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretraine
 from sparkproof.engines.base import LoadSpec
 from sparkproof.engines.registry import engine
 spec = LoadSpec(folder, True, 32, 4, 8.0, ("q_proj",), device="cpu")
-model, tokenizer = engine({loader!r}).load(spec)
-model.eval()
-with torch.no_grad():
-    model(torch.tensor([[1, 2, 3]]))
-print("kept")
+for name in ("hf", "sparktune"):
+    modules.has_avx512bf16 = believe
+    model, tokenizer = engine(name).load(spec)
+    with torch.no_grad():
+        model.eval()(torch.tensor([[1, 2, 3]]))
+    print(name, "kept")
 """
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert "kept" in done.stdout
+        assert done.stdout.split() == ["hf", "kept", "sparktune", "kept"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparkproof.engines.base import compute, inference, lora_parameters
+from sparkproof.engines.base import LoadSpec, inference, lora_parameters
 
 PACKAGES = (
     "torch",
@@ -72,10 +72,10 @@ def _is_target(name: str, module: nn.Module, target_modules: Sequence[str]) -> b
     return isinstance(module, nn.Linear) and bare.rsplit(".", 1)[-1] in target_modules and ".lora_" not in name
 
 
-def logits(model: nn.Module, ids: Sequence[int], device: str, last: int = 16) -> torch.Tensor:
+def logits(model: nn.Module, ids: Sequence[int], spec: LoadSpec, last: int = 16) -> torch.Tensor:
     """Logits [min(last, n), vocabulary] of the last positions, fp32 on the CPU."""
-    batch = torch.tensor([list(ids)], device=device)
-    with inference(model), compute(device):
+    batch = torch.tensor([list(ids)], device=spec.device)
+    with inference(model), spec.autocast():
         out: torch.Tensor = model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
     return out[0, -last:].float().cpu().contiguous()
 

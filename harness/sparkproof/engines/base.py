@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -39,12 +39,27 @@ class LoadSpec:
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+    compute: Literal["fp32", "bf16"] = "fp32"
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in."""
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
+        """What is computed in, and what is not quantised is stored in."""
+        return torch.bfloat16 if self.compute == "bf16" else torch.float32
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """bf16 autocast where that is what is computed in, nothing otherwise."""
+        if self.compute == "bf16":
+            with torch.autocast(self.device, dtype=torch.bfloat16):
+                yield
+        else:
+            yield
+
+
+def native_compute() -> Literal["fp32", "bf16"]:
+    """What training runs in here: bf16 on a GPU, fp32 on a CPU."""
+    return "bf16" if torch.cuda.is_available() else "fp32"
 
 
 @dataclass
@@ -61,6 +76,7 @@ class Engine(Protocol):
 
     name: str
     promises_repeat: bool  # two fresh processes give the same losses bit for bit
+    has_fp32: bool  # can compute in fp32 on any device, where gradients are compared closely
 
     def load(self, spec: LoadSpec) -> tuple[nn.Module, Any]:
         """The base model on its device, and its tokenizer."""
@@ -129,21 +145,10 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(was)
 
 
-@contextlib.contextmanager
-def compute(device: str) -> Iterator[None]:
-    """bf16 autocast on a GPU, nothing on a CPU."""
-    if device == "cuda":
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            yield
-    else:
-        yield
-
-
 def greedy(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
     """transformers' own greedy `generate`, for engines whose models have it."""
-    device = next(model.parameters()).device
-    ids = torch.tensor([prompt], device=device)
-    with inference(model), compute(device.type):
+    ids = torch.tensor([prompt], device=next(model.parameters()).device)
+    with inference(model):
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

@@ -16,6 +16,7 @@ class HfEngine:
 
     name = "hf"
     promises_repeat = True
+    has_fp32 = True
 
     def load(self, spec: LoadSpec) -> tuple[nn.Module, Any]:
         """Load with NF4 and nested statistics, after bitsandbytes' in-place repacking is switched off."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sparkproof.data.rows import Batch
-from sparkproof.engines.base import compute, inference
+from sparkproof.engines.base import LoadSpec, inference
 
 MAX_GRAD_NORM = 1.0
 
@@ -58,18 +58,18 @@ def to_device(batch: Batch, device: str) -> dict[str, torch.Tensor]:
     }
 
 
-def forward_backward(model: nn.Module, batch: Batch, device: str) -> float:
+def forward_backward(model: nn.Module, batch: Batch, spec: LoadSpec) -> float:
     """One loss and its gradients, added to `.grad`."""
-    with compute(device):
-        loss = model(**to_device(batch, device)).loss
+    with spec.autocast():
+        loss = model(**to_device(batch, spec.device)).loss
     loss.backward()
     return float(loss.detach())
 
 
-def evaluate(model: nn.Module, batch: Batch, device: str) -> float:
+def evaluate(model: nn.Module, batch: Batch, spec: LoadSpec) -> float:
     """Mean loss of a batch, nothing learnt."""
-    with inference(model), compute(device):
-        return float(model(**to_device(batch, device)).loss)
+    with inference(model), spec.autocast():
+        return float(model(**to_device(batch, spec.device)).loss)
 
 
 def train_steps(
@@ -78,7 +78,7 @@ def train_steps(
     *,
     total_steps: int,
     learning_rate: float,
-    device: str,
+    spec: LoadSpec,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Curve:
     """Train on each batch in turn; `total_steps` sets the schedule, so that a shorter repeat follows the same one."""
@@ -91,10 +91,10 @@ def train_steps(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rate(step, total_steps)
         optimizer.zero_grad(set_to_none=True)
-        loss = forward_backward(model, batch, device)
+        loss = forward_backward(model, batch, spec)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM))
         optimizer.step()
-        if device == "cuda":
+        if spec.device == "cuda":
             torch.cuda.synchronize()
         curve.seconds.append(time.perf_counter() - start)
         curve.loss.append(loss)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparkproof.engines.base import EngineUnavailable, LoadSpec, Ran, compute, inference
+from sparkproof.engines.base import EngineUnavailable, LoadSpec, Ran, inference
 from sparkproof.results import ReasonClass
 
 
@@ -18,6 +18,7 @@ class UnslothEngine:
 
     name = "unsloth"
     promises_repeat = False
+    has_fp32 = False
 
     def load(self, spec: LoadSpec) -> tuple[nn.Module, Any]:
         """Load through Unsloth; without the package or without a GPU, say so."""
@@ -66,7 +67,7 @@ class UnslothEngine:
         FastLanguageModel.for_inference(model)
         ids = torch.tensor([prompt], device=next(model.parameters()).device)
         try:
-            with inference(model), compute(ids.device.type):
+            with inference(model):
                 out = model.generate(  # type: ignore[operator]
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),

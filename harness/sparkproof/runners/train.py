@@ -22,9 +22,10 @@ from filelock import FileLock
 
 from sparkproof.errors import UserError
 from sparkproof.results import Assertion, CaseResult, ReasonClass, Verdict
-from sparkproof.runners import gate, gradients
+from sparkproof.runners import gate
 from sparkproof.runners.base import Context
 from sparkproof.runners.child import write_json
+from sparkproof.runners.parity import Gradients, parity
 from sparkproof.runners.process import Outcome
 from sparkproof.runners.train_measure import measurements
 from sparkproof.scenario import Case, TrainScenario
@@ -92,16 +93,17 @@ class Training:
             raise UserError(e["message"], e["fix"], skip_class=e["skip_class"])
         return outcome.result, outcome
 
-    def reference(self) -> tuple[Path, dict[str, Any]]:
-        """Gradients of the `hf` engine for this scenario's first batch: a file, and its loss. Made once a run."""
+    def reference(self) -> Gradients:
+        """Gradients of the `hf` engine for this scenario's first batch, made once a run."""
         key = self.scenario.model_dump_json(include=_REFERENCE_FIELDS) + self.scenario.lora.model_dump_json()
         stem = self.context.run_dir / "cases" / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        file, note = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+        note = stem.with_suffix(".json")
         with FileLock(f"{stem}.lock"):
             if not note.is_file():
-                result, _ = self.phase("reference", "reference_gradients", gradients=file)
+                result, _ = self.phase("reference", "reference_gradients", gradients=stem)
                 write_json(note, result)
-        return file, json.loads(note.read_text(encoding="utf-8"))
+        found: Gradients = json.loads(note.read_text(encoding="utf-8"))
+        return found
 
 
 _REFERENCE_FIELDS = {"model", "revision", "dataset", "steps", "batch", "seq_len", "seed", "load_in_4bit"}
@@ -151,24 +153,18 @@ def _digest(case: Case) -> str:
 def _train_and_judge(t: Training) -> CaseResult:
     s, folder = t.scenario, t.folder
     ran, outcome = t.phase("train", "train")
-    own, plain = folder / "gradients.safetensors", folder / "gradients-plain.safetensors"
-    again, _ = t.phase("again", "again", gradients=own, plain=plain)
+    again, _ = t.phase("again", "again", gradients=folder / "gradients")
+    own: Gradients = again["gradients"]
     if s.engine == "hf":
-        file, reference = plain, again["plain"]
+        plain = {name.removeprefix("plain-"): g for name, g in own.items() if name.startswith("plain-")}
+        agreed = parity(own, plain, "plain PyTorch over the same weights")
     else:
-        file, reference = t.reference()
-    compared = gradients.compare_files(own, file)
-    parity = {
-        **compared,
-        "loss": again["gradients"]["loss"],
-        "reference_loss": reference["loss"],
-        "reference": "plain PyTorch over the same weights" if reference["engine"] == "plain" else reference["engine"],
-    }
-    assertions = gate.judge(s, gate.Evidence(ran, again, parity))
+        agreed = parity(own, t.reference(), "hf")
+    assertions = gate.judge(s, gate.Evidence(ran, again, agreed))
     verdict, reason = CaseResult.decide(assertions)
     mode = ran["ran"]["mode"]
     _write_account(t, ran)
-    for scratch in (own, plain, folder / "probe.safetensors"):
+    for scratch in (*(Path(g["file"]) for g in own.values()), folder / "probe.safetensors"):
         scratch.unlink(missing_ok=True)
     return CaseResult(
         name=t.case.name,
@@ -179,7 +175,7 @@ def _train_and_judge(t: Training) -> CaseResult:
         assertions=assertions,
         measurements=measurements(s, ran, outcome.peak_rss_gib),
         notices=_notices(s, mode),
-        evidence=_evidence(ran, again, parity),
+        evidence=_evidence(ran, again, agreed),
         mode=mode,
         output_tail=outcome.output_tail if verdict is not Verdict.PASSED else "",
         artifacts={"adapter": str(t.adapter.relative_to(t.context.run_dir))},
@@ -205,12 +201,12 @@ def _write_account(t: Training, ran: dict[str, Any]) -> None:
     write_json(t.adapter / "train.json", account)
 
 
-def _evidence(ran: dict[str, Any], again: dict[str, Any], parity: dict[str, Any]) -> dict[str, Any]:
+def _evidence(ran: dict[str, Any], again: dict[str, Any], agreed: dict[str, Any]) -> dict[str, Any]:
     keys = ("loss", "grad_norm", "canary_before", "canary_after", "held_out_before", "held_out_after", "lora", "data")
     return {
         **{key: ran[key] for key in keys},
         "repeat": again["repeat"],
-        "parity": parity,
+        "parity": agreed,
         "patches": ran["ran"]["patches"],
         "watermarks": ran["ran"]["watermarks"],
         "base": {k: v for k, v in ran["pretrained"].items() if k != "path"},

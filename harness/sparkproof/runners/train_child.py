@@ -25,7 +25,7 @@ PARITY_B = 0.02  # standard deviation of LoRA's B where gradients are compared: 
 class Bench:
     """A scenario on its engine: the base loaded, the data made."""
 
-    def __init__(self, payload: dict[str, Any], engine_name: str = "") -> None:
+    def __init__(self, payload: dict[str, Any], engine_name: str = "", compute: str = "") -> None:
         from sparkproof.engines.base import LoadSpec
         from sparkproof.engines.loop import make_deterministic
         from sparkproof.engines.registry import engine
@@ -41,6 +41,7 @@ class Bench:
             rank=s.lora.rank,
             alpha=s.lora.alpha,
             target_modules=tuple(s.lora.target_modules),
+            compute=compute or native(payload),  # type: ignore[arg-type]
         )
         make_deterministic(s.seed)
         progress(f"loading with {self.engine.name}")
@@ -66,7 +67,7 @@ class Bench:
         """What the model says to the canary's question, greedily, in as many tokens as the answer has and 3 more."""
         ids = prompt_ids(self.tokenizer, self.scenario.gate.canary_prompt)
         room = len(self.tokenizer(self.scenario.gate.canary_answer)["input_ids"]) + 3
-        with under_test("generating"):
+        with under_test("generating"), self.spec.autocast():
             out = self.engine.generate(self.model, self.tokenizer, ids, room)
         return str(self.tokenizer.decode(out, skip_special_tokens=True))
 
@@ -76,7 +77,7 @@ class Bench:
 
         gate = self.scenario.gate
         row = make_row(self.tokenizer, exchange(gate.canary_prompt, gate.canary_answer), self.scenario.seq_len)
-        return logits(self.model, row.ids, self.spec.device)
+        return logits(self.model, row.ids, self.spec)
 
     def data_account(self) -> dict[str, Any]:
         """What was fed: counts, and a digest that two processes must share."""
@@ -104,12 +105,12 @@ class Bench:
             if plain:
                 make_plain(self.model)
             self.model.train()
-            loss = forward_backward(self.model, self.data.batches[0], self.spec.device)
+            loss = forward_backward(self.model, self.data.batches[0], self.spec)
         grads = {
             n: p.grad.float().cpu().contiguous() for n, p in lora_parameters(self.model).items() if p.grad is not None
         }
         save_file(grads, out)
-        return {"loss": loss, "engine": "plain" if plain else self.engine.name, "tensors": len(grads)}
+        return {"loss": loss, "file": str(out), "tensors": len(grads)}
 
 
 def train(payload: dict[str, Any]) -> dict[str, Any]:
@@ -123,14 +124,44 @@ def again(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def reference_gradients(payload: dict[str, Any]) -> dict[str, Any]:
-    """Step-0 loss and gradients of the `hf` engine."""
+    """Step-0 loss and gradients of the `hf` engine, in fp32 and, where training runs in bf16, in bf16 too."""
 
     def work(payload: dict[str, Any]) -> dict[str, Any]:
         bench = Bench(payload, "hf")
         bench.model = bench.engine.add_lora(bench.model, bench.spec)
-        return bench.gradients(Path(payload["gradients"]))
+        return _gradients(payload, bench, with_plain=False)
 
     return _guarded(work, payload)
+
+
+def native(payload: dict[str, Any]) -> str:
+    """What training computes in; a payload may ask for what this machine would not choose."""
+    from sparkproof.engines.base import native_compute
+
+    return str(payload.get("compute") or native_compute())
+
+
+def _gradients(payload: dict[str, Any], bench: Bench, with_plain: bool) -> dict[str, Any]:
+    """Step-0 gradients by name: what training computes in, and fp32 where that is another and the engine can.
+
+    `with_plain` adds those of plain PyTorch over the same weights, which is what `hf` itself is held to.
+    """
+    engine, computed = bench.engine, bench.spec.compute
+    found: dict[str, Any] = {}
+
+    def add(bench: Bench) -> None:
+        for plain in (False, True) if with_plain else (False,):
+            name = f"{'plain-' if plain else ''}{bench.spec.compute}"
+            progress(f"gradients of the first step, {name}")
+            found[name] = bench.gradients(Path(f"{payload['gradients']}-{name}.safetensors"), plain)
+
+    add(bench)
+    if computed != "fp32" and engine.has_fp32:
+        del bench
+        close = Bench(payload, engine.name, "fp32")
+        close.model = engine.add_lora(close.model, close.spec)
+        add(close)
+    return found
 
 
 def _guarded(work: Any, payload: dict[str, Any]) -> dict[str, Any]:
@@ -156,19 +187,19 @@ def _train(payload: dict[str, Any]) -> dict[str, Any]:
     seed_lora(bench.model, s.seed)
     base_before = account.base_digest(bench.model)
     progress("asking for the canary before training")
-    before, held_before = bench.answer(), evaluate(bench.model, bench.data.held_out, device)
+    before, held_before = bench.answer(), evaluate(bench.model, bench.data.held_out, bench.spec)
     with under_test("training"):
         curve = train_steps(
             bench.model,
             bench.data.batches,
             total_steps=s.steps,
             learning_rate=s.learning_rate,
-            device=device,
+            spec=bench.spec,
             tell=progress,
         )
     memory = account.peak_memory()
     progress("asking for the canary after training")
-    after, held_after = bench.answer(), evaluate(bench.model, bench.data.held_out, device)
+    after, held_after = bench.answer(), evaluate(bench.model, bench.data.held_out, bench.spec)
     with under_test("saving the adapter"):
         bench.engine.save_adapter(bench.model, adapter)
     save_file({"logits": bench.probe()}, payload["probe"])
@@ -218,18 +249,14 @@ def _again(payload: dict[str, Any]) -> dict[str, Any]:
                 bench.data.batches[: s.gate.repeat_steps],
                 total_steps=s.steps,
                 learning_rate=s.learning_rate,
-                device=bench.spec.device,
+                spec=bench.spec,
                 tell=lambda text: progress(f"repeat: {text}"),
             ).to_json()
-    progress("gradients of the first step")
-    own = bench.gradients(Path(payload["gradients"]))
-    plain = bench.gradients(Path(payload["plain"]), plain=True) if bench.engine.name == "hf" else None
     return {
         "tensors": tensors,
         "logits_equal": equal,
         "logits_difference": difference,
         "repeat": repeat,
-        "gradients": own,
-        "plain": plain,
         "data": bench.data_account(),
+        "gradients": _gradients(payload, bench, with_plain=bench.engine.name == "hf"),
     }
