@@ -58,8 +58,9 @@ class Chart:
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers from `low` to `high`, at most `most` + 1 of them; the first and last enclose the range."""
     size = max(abs(low), abs(high))
-    if high - low <= 1e-9 * size or size == 0:  # one value, as far as a drawing goes
-        low, high = low - size / 2, high + (size / 2 or 1.0)
+    if high - low <= max(1e-9 * size, 1e-250):  # one value, as far as a drawing goes
+        around = size / 2 if size > 1e-250 else 1.0
+        low, high = low - around, high + around
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
