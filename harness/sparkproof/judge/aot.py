@@ -1,0 +1,208 @@
+"""The ahead-of-time gate: every configuration an op can choose, compiled for a target without a GPU, and held to its
+limits.
+
+Triton itself enforces none: a tile of 147456 bytes of shared memory compiles for sm_121 without complaint and fails
+at its first launch. Shared memory comes from the compiled kernel's metadata; registers and spills from `ptxas -v` on
+its PTX, with the assembler that Triton bundles for the target.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from sparktune.ops import discover
+from sparktune.ops.spec import Launch, OpSpec
+
+from sparkproof.errors import UserError
+from sparkproof.judge.targets import TARGETS, Target
+
+SCHEMA = "sparkproof/compile-kernels/1"
+ALIGNED = [["tt.divisibility", 16]]  # what Triton assumes of a tensor's pointer, and vectorises by
+USED = re.compile(r"Used (\d+) registers")
+SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration on one target. `spills` and `shared_bytes` are bytes; None where it did not compile."""
+
+    op: str
+    arch: str
+    kernel: str
+    configuration: str
+    dtype: str
+    variant: str
+    num_warps: int
+    passed: bool
+    reason: str = ""
+    registers: int | None = None
+    registers_limit: int = 0
+    spills: int | None = None
+    shared_bytes: int | None = None
+    shared_limit: int = 0
+    seconds: float = 0.0
+
+
+def compile_all(
+    archs: Sequence[str] = ("sm_121",),
+    ops: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+    timeout_s: float = 600,
+) -> dict[str, Any]:
+    """Compile all configurations of some or all ops: `schema`, `passed`, `seconds`, `configurations` (a `Row` each).
+
+    Each op is compiled in a process of its own without TRITON_INTERPRET, two at a time. Errors: UserError for an
+    unknown architecture or op.
+    """
+    start = time.perf_counter()
+    for arch in archs:
+        if arch not in TARGETS:
+            raise UserError(f"Unknown architecture '{arch}'.", f"Known: {', '.join(TARGETS)}.")
+    known = discover()
+    for op in ops or ():
+        if op not in known:
+            raise UserError(f"There is no op called '{op}'.", f"Known: {', '.join(known)}.")
+    jobs = [
+        (op, arch, dtype) for op in (ops or known) for arch in archs for dtype in (dtypes or ("fp32", "bf16", "fp16"))
+    ]
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        rows = [
+            row
+            for part in pool.map(lambda job: _in_process(*job, progress=progress, timeout_s=timeout_s), jobs)
+            for row in part
+        ]
+    return {
+        "schema": SCHEMA,
+        "triton": triton.__version__,
+        "passed": bool(rows) and all(r["passed"] for r in rows),
+        "seconds": round(time.perf_counter() - start, 2),
+        "configurations": rows,
+    }
+
+
+def compile_op(spec: OpSpec, target: Target, module: Mapping[str, Any], dtype: str = "") -> list[Row]:
+    """All configurations `spec` can choose on the target's device, in this process; `module` holds its kernels."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "Triton was imported with TRITON_INTERPRET=1: interpreting and compiling need separate processes."
+        )
+    launches = [x for x in spec.launches(target.device) if not dtype or x.dtype == dtype]
+    return [judge(spec.name, launch, module[launch.kernel], target) for launch in launches]
+
+
+def judge(op: str, launch: Launch, kernel: Any, target: Target) -> Row:
+    """Compile one configuration and hold it to the target's limits. A compiler error fails the row with its text."""
+    start = time.perf_counter()
+    about: dict[str, Any] = dict(
+        op=op, arch=target.name, kernel=launch.kernel, configuration=launch.when, dtype=launch.dtype,
+        variant=launch.variant, num_warps=launch.num_warps, registers_limit=target.registers_limit,
+        shared_limit=target.shared_limit,
+    )  # fmt: skip
+    try:
+        shared, ptx = _compile(launch, kernel, target)
+        registers, spills = _assemble(ptx, target)
+    except Exception as e:  # whatever the compiler raises is the finding
+        return Row(**about, passed=False, reason=f"does not compile: {_last_line(e)}", seconds=_since(start))
+    reason = excess(registers, spills, shared, launch.num_warps, target)
+    return Row(
+        **about, passed=not reason, reason=reason, registers=registers, spills=spills, shared_bytes=shared,
+        seconds=_since(start),
+    )  # fmt: skip
+
+
+def excess(registers: int, spills: int, shared: int, num_warps: int, target: Target) -> str:
+    """Which limits are passed, as a sentence; empty if none."""
+    found = []
+    if shared > target.shared_limit:
+        found.append(f"{shared} bytes of shared memory, {target.shared_limit} are allowed a block")
+    if registers > target.registers_limit:
+        found.append(f"{registers} registers a thread, {target.registers_limit} are allowed")
+    if registers * num_warps * 32 > target.registers_block:
+        found.append(f"{registers * num_warps * 32} registers a block, {target.registers_block} are allowed")
+    if spills > target.spills_limit:
+        found.append(f"{spills} bytes spilled, {target.spills_limit} are allowed")
+    return "; ".join(found)
+
+
+def _compile(launch: Launch, kernel: Any, target: Target) -> tuple[int, str]:
+    """(bytes of shared memory, PTX)."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    if set(names) != set(launch.signature):
+        raise ValueError(f"the launch names arguments {sorted(set(names) ^ set(launch.signature))} differently")
+    source = ASTSource(
+        fn=kernel,
+        signature={n: launch.signature[n] for n in names},
+        constexprs={(names.index(n),): v for n, v in launch.constexprs.items()},
+        attrs={(i,): ALIGNED for i, n in enumerate(names) if launch.signature[n].startswith("*")},
+    )
+    # As `dispatch.launch` launches.
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options=options)
+    return int(compiled.metadata.shared), str(compiled.asm["ptx"])
+
+
+def _assemble(ptx: str, target: Target) -> tuple[int, int]:
+    """(registers a thread, bytes of spill stores and loads), from `ptxas -v`."""
+    tool = triton.knobs.nvidia.ptxas_blackwell if target.capability >= 100 else triton.knobs.nvidia.ptxas
+    wanted = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+    assert wanted is not None, "PTX names no target"
+    with tempfile.TemporaryDirectory(prefix="sparkproof-ptx-") as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx, encoding="utf-8")
+        command = [tool.path, "-v", "--fmad=false", f"--gpu-name={wanted[1]}", str(path), "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    log = done.stdout + done.stderr
+    used, spilled = USED.findall(log), SPILLED.findall(log)
+    if done.returncode or not used or not spilled:
+        raise RuntimeError(f"ptxas for {target.name} ended with {done.returncode}: {log.strip()[-500:]}")
+    return max(map(int, used)), sum(int(a) + int(b) for a, b in spilled)
+
+
+def _last_line(e: Exception) -> str:
+    lines = str(e).strip().splitlines()
+    return f"{type(e).__name__}: {lines[-1][:300] if lines else ''}"
+
+
+def _since(start: float) -> float:
+    return round(time.perf_counter() - start, 3)
+
+
+def _in_process(
+    op: str, arch: str, dtype: str, *, progress: Callable[[str], None], timeout_s: float
+) -> list[dict[str, Any]]:
+    progress(f"compiling {op} {dtype} for {arch}")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "sparkproof.judge.aot", op, arch, dtype]
+    done = subprocess.run(
+        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout_s
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{op} could not be compiled for {arch}:\n{done.stderr[-4000:]}")
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
+def _main(op: str, arch: str, dtype: str) -> None:
+    spec = discover()[op]
+    module = sys.modules[f"sparktune.ops.{op}"]
+    print(json.dumps([asdict(r) for r in compile_op(spec, TARGETS[arch], vars(module), dtype)]))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:4])

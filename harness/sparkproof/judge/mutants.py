@@ -1,0 +1,114 @@
+"""Planted faults: each is put into a copy of the op's file, and the judge must find it.
+
+A mutant counts as killed only by a failed check. One whose text no longer occurs exactly once, that does not load, or
+that fails by a mistake in the planting (a name that does not exist) is an error of the table, never a kill; and the
+untouched file, loaded the same way, must pass first, or kills would mean nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from sparktune.ops.spec import Mutant, OpSpec
+
+from sparkproof.judge.correctness import judge
+from sparkproof.judge.record import Check, Judgement
+
+TABLE = "\nMUTANTS = "
+PLANTING_ERRORS = ("NameError", "AttributeError", "SyntaxError", "UnboundLocalError", "CompilationError")
+
+
+class MutantError(Exception):
+    """A table of mutants that proves nothing, with the sentence that says why."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How one mutant fared."""
+
+    id: str
+    description: str
+    killed: bool
+    by: str  # the check that found it, or why none did
+    seconds: float
+
+
+def source_of(spec: OpSpec) -> str:
+    """The text of the op's file."""
+    module = importlib.import_module(f"sparktune.ops.{spec.name}")
+    return Path(str(module.__file__)).read_text(encoding="utf-8")
+
+
+def apply(source: str, mutant: Mutant, op: str) -> str:
+    """`source` with the mutant in. Errors: MutantError unless its text occurs exactly once above the table."""
+    head, mark, table = source.partition(TABLE)
+    count = head.count(mutant.old)
+    if count != 1:
+        raise MutantError(
+            f"{op}: mutant {mutant.id} edits text that occurs {count} times, not once: {mutant.old!r}. "
+            "Bring the table up to date with the kernel."
+        )
+    if mutant.new == mutant.old:
+        raise MutantError(f"{op}: mutant {mutant.id} changes nothing")
+    return head.replace(mutant.old, mutant.new) + mark + table
+
+
+@contextlib.contextmanager
+def loaded(source: str, op: str, label: str) -> Iterator[OpSpec]:
+    """The spec of a module made from `source`: a real file, since Triton reads a kernel's text back from disk."""
+    with tempfile.TemporaryDirectory(prefix="sparkproof-mutant-") as folder:
+        name = f"sparktune_mutant_{op}_{label.replace('-', '_')}"
+        path = Path(folder) / f"{name}.py"
+        path.write_text(source, encoding="utf-8")
+        info = importlib.util.spec_from_file_location(name, path)
+        assert info is not None and info.loader is not None
+        module: ModuleType = importlib.util.module_from_spec(info)
+        sys.modules[name] = module
+        try:
+            try:
+                info.loader.exec_module(module)
+            except Exception as e:
+                raise MutantError(f"{op}: mutant {label} does not load: {type(e).__name__}: {e}") from e
+            yield module.OP
+        finally:
+            sys.modules.pop(name, None)
+
+
+def try_mutants(
+    spec: OpSpec, *, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32), source: str = ""
+) -> list[Trial]:
+    """Judge every mutant of `spec`, each until its first failed check. Errors: MutantError, see above."""
+    source = source or source_of(spec)
+    mutated = [(m, apply(source, m, spec.name)) for m in spec.mutants]  # a stale table is found before any work
+    with loaded(source, spec.name, "control") as control:
+        failures = judge(spec, tested=control, dtypes=dtypes, stop_at_first=True).failures
+    if failures:
+        raise MutantError(f"{spec.name} fails unmutated, so kills would mean nothing: {failures[0].sentence()}")
+    return [_try(spec, m, text, dtypes) for m, text in mutated]
+
+
+def _try(spec: OpSpec, mutant: Mutant, source: str, dtypes: Sequence[torch.dtype]) -> Trial:
+    start = time.perf_counter()
+    with loaded(source, spec.name, mutant.id) as tested:
+        judgement = judge(spec, tested=tested, dtypes=dtypes, stop_at_first=True)
+    seconds = time.perf_counter() - start
+    if not judgement.failures:
+        return Trial(mutant.id, mutant.description, False, "every check held", seconds)
+    check = judgement.failures[0]
+    _refuse_planting_error(spec, mutant, judgement, check)
+    return Trial(mutant.id, mutant.description, True, check.sentence(), seconds)
+
+
+def _refuse_planting_error(spec: OpSpec, mutant: Mutant, judgement: Judgement, check: Check) -> None:
+    seen = f"{type(judgement.error).__name__}: {judgement.error}" if judgement.error else ""
+    if any(name in seen for name in PLANTING_ERRORS):
+        raise MutantError(f"{spec.name}: mutant {mutant.id} is a mistake in the planting, not a fault: {check.detail}")

@@ -1,0 +1,127 @@
+"""Which way an op ran, decided in one place and counted, so that nobody mistakes a fallback for a kernel.
+
+CUDA tensors run the Triton kernel and nothing else: what fails there raises. CPU tensors run the same kernel in
+Triton's interpreter when the process was started with TRITON_INTERPRET=1, and the plain PyTorch reference otherwise.
+`watermarks()` says how often each way was taken: `{"rms_norm": {"triton": 12, "interpreter": 0, "reference": 0}}`.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
+
+import torch
+import triton
+
+Way = Literal["triton", "interpreter", "reference"]
+WAYS: tuple[Way, ...] = ("triton", "interpreter", "reference")
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # decided when kernels are decorated, so fixed for the process
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_lock = threading.Lock()
+_counts: dict[str, dict[Way, int]] = {}
+_launches: dict[str, int] = {}
+
+
+def watermarks() -> dict[str, dict[Way, int]]:
+    """Op -> how often each way was taken since the last `reset()`; a copy."""
+    with _lock:
+        return {op: dict(ways) for op, ways in _counts.items()}
+
+
+def launches() -> dict[str, int]:
+    """Kernel -> how often it was launched since the last `reset()`, counted at the launch itself; a copy.
+
+    Names are module and function, such as "sparktune.ops.swiglu.forward_kernel". A call of an empty tensor launches
+    nothing.
+    """
+    with _lock:
+        return dict(_launches)
+
+
+def reset() -> None:
+    """Forget all counts."""
+    with _lock:
+        _counts.clear()
+        _launches.clear()
+
+
+def record(op: str, way: Way) -> None:
+    """Count one call of `op`; ops call this after the work was done or launched without an error."""
+    with _lock:
+        _counts.setdefault(op, dict.fromkeys(WAYS, 0))[way] += 1
+
+
+def route(op: str, *tensors: torch.Tensor) -> Way:
+    """The way these tensors take. Errors: ValueError when they lie on different devices or an unknown kind of one."""
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+    kind = tensors[0].device.type
+    if kind == "cuda":
+        if INTERPRETED:
+            raise RuntimeError(f"{op}: TRITON_INTERPRET is set, so CUDA tensors would not run the kernel; unset it")
+        return "triton"
+    if kind == "cpu":
+        return "interpreter" if INTERPRETED else "reference"
+    if kind == "meta":
+        return "reference"
+    raise ValueError(f"{op}: tensors must be on a CUDA device or the CPU, got {kind}")
+
+
+def launch(kernel: Any, programs: int, tensor: torch.Tensor, *args: Any, **options: Any) -> None:
+    """Run `programs` programs of a Triton kernel on the device and stream current for `tensor`.
+
+    Fused multiply-add is off: the plain PyTorch ops that a kernel stands for round after every step, and results that
+    are promised bit for bit must do so too. The kernels here wait for memory, not for arithmetic.
+    """
+    name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"  # the same compiled and interpreted
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            kernel[(programs,)](*args, enable_fp_fusion=False, **options)
+    else:
+        kernel[(programs,)](*args, **options)
+    with _lock:
+        _launches[name] = _launches.get(name, 0) + 1
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """`t` [..., N], not empty, as [M, N] with unit stride along N: a view where strides allow, else a copy."""
+    n = t.shape[-1]
+    try:
+        flat = t.view(-1, n)
+    except RuntimeError:
+        flat = t.reshape(-1, n)
+    return flat if n == 1 or flat.stride(1) == 1 else flat.contiguous()
+
+
+def no_double_backward(op: str) -> None:
+    """Raise inside a backward that runs with `create_graph=True`: a kernel's gradient is not itself differentiable."""
+    if torch.is_grad_enabled():
+        _refuse_double_backward(op)
+
+
+def _refuse_double_backward(op: str) -> NoReturn:
+    raise RuntimeError(
+        f"{op} has no second derivative: its backward is a fused kernel. Drop create_graph=True, or call "
+        f"sparktune.ops.{op}.reference, which plain autograd differentiates as often as you like."
+    )
+
+
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep torch.compile out of `function`: it runs as it is, between the compiled parts, and its calls are counted.
+
+    What `torch.compiler.disable` does, but that imports all of Dynamo (seconds) for everyone who never compiles; this does
+    so only once something is being compiled.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapper

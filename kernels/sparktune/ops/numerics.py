@@ -1,0 +1,36 @@
+"""What kernels need to round and exponentiate alike on a GPU and in the interpreter.
+
+Triton's interpreter has traps of its own: fp32 to bf16 cuts bits off where a GPU rounds to nearest even, arithmetic
+on bf16 works on raw bits, and libdevice is missing. So kernels load, cast to fp32, compute, and write through `cast`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from sparktune.ops import dispatch
+
+INTERPRETED = tl.constexpr(dispatch.INTERPRETED)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """fp32 to `dtype`, to nearest even."""
+    if INTERPRETED:  # nested, since Triton decides a constexpr `if` before it looks inside  # noqa: SIM102
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)  # a NaN stays one
+            x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def exp(x):
+    """exp of fp32 as PyTorch's kernels compute it: libdevice's, since the last bits of tl.exp differ."""
+    if INTERPRETED:  # noqa: SIM108 - as an expression both sides would be compiled
+        y = tl.exp(x)
+    else:
+        y = libdevice.exp(x)
+    return y

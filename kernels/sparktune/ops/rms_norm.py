@@ -1,0 +1,409 @@
+r"""RMSNorm, in the rounding orders of Llama and of Gemma.
+
+Forward, for a row x of N elements, weight w, r = 1 / sqrt(mean(x^2) + eps), all in fp32 until stated:
+
+    llama:  y = w * round_x(x r)                  the normalised row is rounded to x's dtype before the weight
+    multiplies it gemma:  y = round_x(x r (1 + w))              the weight is stored less one, and only the product is
+    rounded
+
+Backward, with the normalised row h = x r, the gain v = w (llama) or 1 + w (gemma) and g = dy v:
+
+    dx = r (g - h mean(g h))
+    dw = sum over rows of dy round_x(h) (llama)  or  dy h (gemma)
+
+The projection h mean(g h) is the derivative of r: scaling a row does not change y (but for eps), so dx has no part
+along x.
+
+Shapes: x [..., N] and weight [N], fp32, bf16 or fp16 each; y has x's shape and, as in PyTorch, the wider of both dtypes
+(llama) or x's dtype (gemma). dx in x's dtype, dw summed in fp32 and rounded once to the weight's. Saved: x, weight,
+and r in fp32.
+
+Bytes: forward reads x and writes y; backward reads x and dy and writes dx; 5 M N elements in all, the weight being
+small. Both passes are limited by memory, so each row is read once when it fits one block and twice (the second time
+from cache) when not. The weight's gradient needs a sum over rows: every program keeps its own partial sum, written
+once, and these few rows are then added in a fixed order, so the result is the same bits every time.
+
+Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; the rounding orders are those of
+LlamaRMSNorm and Gemma3RMSNorm in transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+
+from sparktune.ops import dispatch
+from sparktune.ops.device import DeviceProperties
+from sparktune.ops.numerics import cast
+from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
+
+VARIANTS = ("llama", "gemma")
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    variant: str = "llama",
+    compute: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Plain PyTorch, in the same rounding order; the oracle is this with float64 tensors and compute=float64."""
+    h = x.to(compute)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    if variant == "gemma":
+        return (h * (1.0 + weight.to(compute))).to(x.dtype)
+    return weight * h.to(x.dtype)
+
+
+@triton.jit
+def _round_like(h, x_ptr, GEMMA: tl.constexpr):
+    """Llama rounds the normalised row to x's dtype; Gemma does not."""
+    if not GEMMA:
+        h = cast(h, x_ptr.dtype.element_ty).to(tl.float32)
+    return h
+
+
+@triton.jit
+def _gain(w_ptr, cols, mask, GEMMA: tl.constexpr):
+    w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if GEMMA:
+        w = 1.0 + w
+    return w
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, w_ptr, y_ptr, r_ptr, n, x_stride, eps, GEMMA: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row a program: y and r. SINGLE: the row fits one block and stays in registers."""
+    row = tl.program_id(0).to(tl.int64)
+    x_row = x_ptr + row * x_stride
+    y_row = y_ptr + row * n
+    cols = tl.arange(0, BLOCK)
+    if SINGLE:
+        x = tl.load(x_row + cols, mask=cols < n, other=0.0).to(tl.float32)
+        r = tl.rsqrt(tl.sum(x * x, 0) / n + eps)
+        h = _round_like(x * r, x_ptr, GEMMA)
+        y = h * _gain(w_ptr, cols, cols < n, GEMMA)
+        tl.store(y_row + cols, cast(y, y_ptr.dtype.element_ty), mask=cols < n)
+    else:
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, n, BLOCK):
+            c = start + cols
+            x = tl.load(x_row + c, mask=c < n, other=0.0).to(tl.float32)
+            squares += x * x
+        r = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+        for start in range(0, n, BLOCK):
+            c = start + cols
+            x = tl.load(x_row + c, mask=c < n, other=0.0).to(tl.float32)
+            h = _round_like(x * r, x_ptr, GEMMA)
+            y = h * _gain(w_ptr, c, c < n, GEMMA)
+            tl.store(y_row + c, cast(y, y_ptr.dtype.element_ty), mask=c < n)
+    tl.store(r_ptr + row, r)
+
+
+@triton.jit
+def backward_kernel(
+    dy_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, m, n, dy_stride, x_stride, rows_each,
+    GEMMA: tl.constexpr, NEED_DW: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`rows_each` rows a program: dx, and this program's part of dw in its own row of dw_ptr [programs, n], fp32."""
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    dw = tl.zeros((BLOCK,), tl.float32)
+    first = program * rows_each
+    for i in range(tl.minimum(rows_each, m - first)):
+        row = first + i  # 64 bits, as first is
+        dy_row = dy_ptr + row * dy_stride
+        x_row = x_ptr + row * x_stride
+        dx_row = dx_ptr + row * n
+        r = tl.load(r_ptr + row)
+        if SINGLE:
+            mask = cols < n
+            dy = tl.load(dy_row + cols, mask=mask, other=0.0).to(tl.float32)
+            h = tl.load(x_row + cols, mask=mask, other=0.0).to(tl.float32) * r
+            g = dy * _gain(w_ptr, cols, mask, GEMMA)
+            along = tl.sum(g * h, 0) / n
+            tl.store(dx_row + cols, cast((g - h * along) * r, dx_ptr.dtype.element_ty), mask=mask)
+            if NEED_DW:
+                dw += dy * _round_like(h, x_ptr, GEMMA)
+        else:
+            products = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, n, BLOCK):
+                c = start + cols
+                dy = tl.load(dy_row + c, mask=c < n, other=0.0).to(tl.float32)
+                h = tl.load(x_row + c, mask=c < n, other=0.0).to(tl.float32) * r
+                products += dy * _gain(w_ptr, c, c < n, GEMMA) * h
+            along = tl.sum(products, 0) / n
+            for start in range(0, n, BLOCK):
+                c = start + cols
+                dy = tl.load(dy_row + c, mask=c < n, other=0.0).to(tl.float32)
+                h = tl.load(x_row + c, mask=c < n, other=0.0).to(tl.float32) * r
+                dx = (dy * _gain(w_ptr, c, c < n, GEMMA) - h * along) * r
+                tl.store(dx_row + c, cast(dx, dx_ptr.dtype.element_ty), mask=c < n)
+                if NEED_DW:
+                    part = dw_ptr + program * n + c
+                    before = tl.load(part, mask=c < n, other=0.0)
+                    tl.store(part, before + dy * _round_like(h, x_ptr, GEMMA), mask=c < n)
+    if NEED_DW and SINGLE:
+        tl.store(dw_ptr + program * n + cols, dw, mask=cols < n)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one pass is launched."""
+
+    block: int  # columns a block, a power of two
+    single: bool  # the whole row in one block
+    num_warps: int
+    programs: int
+
+    BLOCKS = ((1024, 4), (4096, 8), (8192, 16))  # (columns, warps): at most 32 fp32 values a thread for each operand
+
+    @classmethod
+    def choose(cls, m: int, n: int, p: DeviceProperties, backward: bool) -> Config:
+        """The smallest block that takes a whole row, else 4096-wide steps.
+
+        Forward has a program for every row. Backward has as many as can be resident at once, since each leaves a row of
+        partial sums behind that must be read again.
+        """
+        block, warps = next(((b, w) for b, w in cls.BLOCKS if n <= b), cls.BLOCKS[1])
+        resident = p.sm_count * max(1, p.threads_per_sm // (32 * warps))
+        return cls(block, n <= block, warps, min(m, resident) if backward else m)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, variant: str) -> torch.Tensor:
+        gemma = variant == "gemma"
+        y = torch.empty(
+            x.shape, dtype=x.dtype if gemma else torch.promote_types(x.dtype, weight.dtype), device=x.device
+        )
+        n = x.shape[-1]
+        m = x.numel() // n if n else 0
+        r = torch.empty(m, dtype=torch.float32, device=x.device)
+        w = weight.contiguous()
+        if m:
+            flat = dispatch.rows(x)
+            c = Config.choose(m, n, DeviceProperties.of(x.device), backward=False)
+            dispatch.launch(
+                forward_kernel, c.programs, x, flat, w, y, r, n, flat.stride(0), eps,
+                GEMMA=gemma, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
+            )  # fmt: skip
+        ctx.save_for_backward(x, weight, r)
+        ctx.gemma = gemma
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        dispatch.no_double_backward("rms_norm")
+        (dy,) = grads
+        x, weight, r = ctx.saved_tensors
+        m, n = r.numel(), x.shape[-1]
+        need_dw = ctx.needs_input_grad[1]
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if m == 0:
+            return dx, torch.zeros_like(weight) if need_dw else None, None, None
+        flat, dy, w = dispatch.rows(x), dispatch.rows(dy), weight.contiguous()
+        c = Config.choose(m, n, DeviceProperties.of(x.device), backward=True)
+        # Wide rows add to their partial sums in memory, so those begin at zero.
+        make = torch.empty if c.single else torch.zeros
+        partial = make((c.programs, n) if need_dw else (1,), dtype=torch.float32, device=x.device)
+        rows_each = triton.cdiv(m, c.programs)
+        dispatch.launch(
+            backward_kernel, c.programs, x, dy, flat, w, r, dx, partial, m, n, dy.stride(0), flat.stride(0), rows_each,
+            GEMMA=ctx.gemma, NEED_DW=need_dw, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
+        )  # fmt: skip
+        return dx, partial.sum(0).to(weight.dtype) if need_dw else None, None, None
+
+
+@dispatch.eager
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, variant: str = "llama") -> torch.Tensor:
+    """RMSNorm of the last dimension: x [..., N], weight [N] -> [..., N]. Differentiable once, in x and weight.
+
+    Strides are free; an output gradient with stride 0 too. Errors: ValueError for shapes that don't fit, an unknown
+    variant, a dtype other than fp32, bf16, fp16, or tensors on different devices.
+    """
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight must be [{x.shape[-1] if x.dim() else 'N'}], got {list(weight.shape)}")
+    if variant not in VARIANTS:
+        raise ValueError(f"rms_norm: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    if x.dtype not in FLOATS or weight.dtype not in FLOATS:
+        raise ValueError(f"rms_norm: x and weight must be fp32, bf16 or fp16, got {x.dtype} and {weight.dtype}")
+    way = dispatch.route("rms_norm", x, weight)
+    y = reference(x, weight, eps, variant) if way == "reference" else _RmsNorm.apply(x, weight, eps, variant)
+    dispatch.record("rms_norm", way)
+    return y
+
+
+def _exact(t: Tensors, p: Problem, slack: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lowest and highest y when the normalised row, before it is rounded, is right to a relative `slack`."""
+    x, w = t["x"].detach(), t["weight"].detach()
+    h = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + p.scalars["eps"])
+    ends = [h * (1 - slack), h * (1 + slack)]
+    if p.variant == "gemma":
+        ends = [(end * (1 + w.double())).float().to(p.dtype) for end in ends]
+    else:
+        ends = [w * end.float().to(p.dtype) for end in ends]
+    return torch.minimum(*ends), torch.maximum(*ends)
+
+
+def _inputs(p: Problem) -> dict[str, Input]:
+    batch = [p.dims["batch"]] if "batch" in p.dims else []
+    n = p.dims["columns"]
+    return {
+        "x": Input((*batch, p.dims["rows"], n), p.dtype, grad=True),
+        "weight": Input((n,), p.dtype, "parameter", grad=True, centre=0.0 if p.variant == "gemma" else 1.0, spread=0.5),
+    }
+
+
+def _bytes(p: Problem, which: Literal["forward", "backward"]) -> int:
+    return (2 if which == "forward" else 3) * p.dims["rows"] * p.dims["columns"] * p.dtype.itemsize
+
+
+def _tail(t: Tensors, p: Problem) -> tuple[Tensors, Problem]:
+    return {**t, "x": t["x"][-4:]}, replace(p, dims={**p.dims, "rows": 4})
+
+
+def _reference(t: Tensors, p: Problem, compute: torch.dtype | None) -> torch.Tensor:
+    return reference(t["x"], t["weight"], p.scalars["eps"], p.variant, compute or torch.float32)
+
+
+def _call(t: Tensors, p: Problem) -> torch.Tensor:
+    return rms_norm(t["x"], t["weight"], p.scalars["eps"], p.variant)
+
+
+def _doubled(call: Any, t: Tensors, p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    scaled = replace(p, scalars={"eps": 4 * p.scalars["eps"]})
+    return call(t, p), call({**t, "x": t["x"] * 2}, scaled)
+
+
+def _permuted(call: Any, t: Tensors, p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    return call(t, p).flip(0), call({**t, "x": t["x"].flip(0)}, p)
+
+
+def _launches(p: DeviceProperties) -> list[Launch]:
+    """Every block of the table, and the wide row, for each dtype, variant and need of a weight gradient."""
+    found = []
+    for n in (*(b for b, _ in Config.BLOCKS), Config.BLOCKS[-1][0] + 1):
+        for dtype in FLOATS:
+            ptr = f"*{TRITON_TYPES[dtype]}"
+            for variant in VARIANTS:
+                for need_dw in (None, False, True):
+                    c = Config.choose(2**20, n, p, backward=need_dw is not None)
+                    flags = {"GEMMA": variant == "gemma", "SINGLE": c.single, "BLOCK": c.block}
+                    if need_dw is None:
+                        name, where = "forward_kernel", "forward"
+                        args = dict(x_ptr=ptr, w_ptr=ptr, y_ptr=ptr, r_ptr="*fp32", n="i32", x_stride="i32", eps="fp32")
+                    else:
+                        name, where = "backward_kernel", "backward" + (", weight trained" if need_dw else "")
+                        args = dict(dy_ptr=ptr, x_ptr=ptr, w_ptr=ptr, r_ptr="*fp32", dx_ptr=ptr, dw_ptr="*fp32")
+                        args |= dict(m="i32", n="i32", dy_stride="i32", x_stride="i32", rows_each="i32")
+                        flags["NEED_DW"] = need_dw
+                    when = f"{where}, {'up to' if c.single else 'over'} {min(n, Config.BLOCKS[-1][0])} columns"
+                    args |= dict.fromkeys(flags, "constexpr")
+                    found.append(Launch(when, name, args, flags, c.num_warps, 3, TRITON_TYPES[dtype], variant))
+    return found
+
+
+MUTANTS = Mutant.table(
+    """no-eps: eps left out of the forward
+- tl.sum(x * x, 0) / n + eps)
++ tl.sum(x * x, 0) / n)
+mean-over-block: mean over the padded block instead of the row
+- tl.sum(x * x, 0) / n + eps)
++ tl.sum(x * x, 0) / BLOCK + eps)
+wide-no-eps: eps left out where the row does not fit a block
+- tl.sum(squares, 0) / n + eps)
++ tl.sum(squares, 0) / n)
+wide-overwrites: sum of squares keeps the last block only
+- squares += x * x
++ squares = x * x
+llama-unrounded: Llama's row not rounded before the weight
+- if not GEMMA:
++ if False:
+gemma-plain-weight: Gemma's weight without the one
+- w = 1.0 + w
++ w = w
+weight-index: every column multiplied by the first weight
+- tl.load(w_ptr + cols,
++ tl.load(w_ptr + cols * 0,
+no-projection: dx without the derivative of r
+- cast((g - h * along) * r,
++ cast(g * r,
+projection-sign: projection added in place of taken away
+- cast((g - h * along) * r,
++ cast((g + h * along) * r,
+wide-no-projection: wide rows without the derivative of r
+- c < n, GEMMA) - h * along) * r
++ c < n, GEMMA)) * r
+dx-unscaled: dx not multiplied by r
+- cast((g - h * along) * r,
++ cast(g - h * along,
+dw-last-row: weight gradient of a program's last row only
+- dw += dy *
++ dw = dy *
+dw-no-activation: weight gradient without the normalised row
+- dw += dy * _round_like(h, x_ptr, GEMMA)
++ dw += dy
+wide-dw-lost: partial sums of wide rows overwritten
+- before + dy *
++ dy *
+last-row-missing: a program leaves its last row out
+- range(tl.minimum(rows_each, m - first))
++ range(tl.minimum(rows_each, m - first) - 1)
+dy-stride: output gradient read as if it were contiguous
+- dy_ptr + row * dy_stride
++ dy_ptr + row * n
+int32-offset: row offset in 32 bits
+- row = tl.program_id(0).to(tl.int64)
++ row = tl.program_id(0)
+dx-over-dy: dx written over the caller's output gradient
+- dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
++ dx = dy if dy.is_contiguous() else torch.empty_like(x)
+dx-over-x: dx written over the saved input
+- dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
++ dx = x.detach() if x.is_contiguous() else torch.empty_like(x)
+silent-fallback: the reference run in place of the kernel
+- if way == "reference" else
++ if True else
+second-derivative: a wrong second derivative given without a word
+- dispatch.no_double_backward("rms_norm")
++ pass
+"""
+)
+
+OP = OpSpec(
+    name="rms_norm",
+    summary="RMSNorm with Llama's or Gemma's rounding order, forward and backward",
+    variants=VARIANTS,
+    dtypes=FLOATS,
+    sizes={
+        "typical": {"rows": 5, "columns": 192},
+        "prime": {"rows": 7, "columns": 211},
+        "batched": {"batch": 2, "rows": 3, "columns": 64},
+        "wide": {"rows": 3, "columns": 8209},
+        "one": {"rows": 1, "columns": 1},
+        "no rows": {"rows": 0, "columns": 64},
+        "no columns": {"rows": 3, "columns": 0},
+        "far": {"rows": 3, "columns": 64},
+        "huge": {"rows": 2**18 + 3, "columns": 8192},
+        "speed": {"rows": 32768, "columns": 4096},
+    },
+    inputs=_inputs,
+    call=_call,
+    reference=_reference,
+    launches=_launches,
+    bytes_moved=_bytes,
+    flops=lambda p, which: (4 if which == "forward" else 11) * p.dims["rows"] * p.dims["columns"],
+    scalars={"eps": 1e-6},
+    exact=_exact,
+    exact_slack=2e-6,  # sums of squares are added in another order
+    tail=_tail,
+    laws=(Law("rms_norm(2x, 4 eps) = rms_norm(x, eps)", _doubled, tolerance=1e-6), Law("rows commute", _permuted)),
+    mutants=MUTANTS,
+)
