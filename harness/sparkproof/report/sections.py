@@ -82,7 +82,9 @@ def _why(record: RunRecord, kind: str, what: str) -> str:
 
 def _curves(results: Sequence[CaseResult]) -> Iterable[Chart]:
     for key, (title, unit, note) in CURVES.items():
-        lines = [Line(r.name, v) for r in results if r.kind == "train" and len(v := floats(r.evidence.get(key))) > 1]
+        drawn = [(r.name, v) for r in results if r.kind == "train" and len(v := floats(r.evidence.get(key))) > 1]
+        labels = _labels([name for name, _ in drawn])
+        lines = [Line(labels[name], v) for name, v in drawn]
         for part in _chunks(lines, SERIES):
             chart = line_chart(title, part, unit, "step", note)
             if chart:
