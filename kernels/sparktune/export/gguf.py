@@ -86,7 +86,8 @@ def export_gguf(base: Path, out: Path, qtype: QType, adapter: Path | None = None
             if hf_name not in plan:
                 continue
             merged = (lora.apply(hf_name, weight) if lora else weight).float()
-            data = quantize(permuted(hf_name, merged, shape).numpy(), plan[hf_name][1])
+            with np.errstate(over="ignore"):  # told below, by name
+                data = quantize(permuted(hf_name, merged, shape).numpy(), plan[hf_name][1])
             if data.dtype == np.float16 and not np.isfinite(data).all():
                 raise ExportError(
                     f"{hf_name} has values beyond fp16's 65504.", "Export q8_0, or keep bf16 safetensors."

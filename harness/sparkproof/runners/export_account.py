@@ -1,0 +1,118 @@
+"""What the record keeps of an export besides its assertions: measurements, evidence, and what to do next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparkproof.results import Assertion, Measurement
+from sparkproof.runners import export_judge
+from sparkproof.scenario import ExportScenario
+
+
+def reference_sentence(name: str) -> str:
+    """What the export was compared with, for a reader."""
+    return f"Compared with {name}: {REFERENCES[name]}."
+
+
+REFERENCES = {
+    "base16+adapter": "the 16-bit base with the adapter beside it, computed in fp32",
+    "base4+adapter": "the 4-bit base that training ran over, with the adapter, computed in fp32",
+}
+
+
+def measurements(
+    scenario: ExportScenario,
+    reference: np.ndarray,
+    exported: np.ndarray,
+    written: dict[str, Any],
+    seen: dict[str, Any],
+    questions: dict[str, Any],
+) -> list[Measurement]:
+    """Divergence, agreement, size and times. A generation too short to time gives none."""
+    where = {"consumer": scenario.consumer, "device": questions["device"], "reference": scenario.reference}
+    found = []
+    if reference.shape == exported.shape:
+        values = [float(v) for v in export_judge.kl(reference, exported) if np.isfinite(v)]
+        agree, clear = export_judge.agreement(reference, exported, scenario.clear_margin)
+        if values:
+            found += [
+                _measured("KL, mean", sum(values) / len(values), "nats", False, where, samples=values),
+                _measured("KL, largest", max(values), "nats", False, where),
+            ]
+        if clear:
+            found.append(_measured("top-1 agreement", agree / clear, "fraction", True, {**where, "positions": clear}))
+    answers = seen["answers"]
+    found += [
+        _measured("export size", seen["file"]["bytes"] / 2**20, "MiB", False, where),
+        _measured("export time", written["exported"]["seconds"], "s", False, where),
+        _measured("load time", answers["load_s"], "s", False, where),
+    ]
+    if answers["tokens_per_s"] > 0:
+        found.append(_measured("generation", answers["tokens_per_s"], "tokens/s", True, where))
+    return found
+
+
+def _measured(
+    name: str, value: float, unit: str, higher: bool, where: dict[str, Any], samples: list[float] | None = None
+) -> Measurement:
+    return Measurement(
+        name=name, value=value, unit=unit, higher_is_better=higher, samples=samples or [], conditions=where
+    )
+
+
+def evidence(
+    scenario: ExportScenario,
+    reference: np.ndarray,
+    exported: np.ndarray,
+    questions: dict[str, Any],
+    written: dict[str, Any],
+    seen: dict[str, Any],
+) -> dict[str, Any]:
+    """Divergence a text, what was said to the canary, what was made of what and with which versions."""
+    texts: list[dict[str, Any]] = []
+    start = 0
+    for sequence in questions["sequences"]:
+        end = start + len(sequence["positions"])
+        if reference.shape == exported.shape:
+            value = float(export_judge.kl(reference[start:end], exported[start:end]).mean())
+            texts.append({"text": sequence["text"], "positions": end - start, "kl_nats": export_judge.number(value)})
+        start = end
+    return {
+        "source": scenario.source,
+        "reference": scenario.reference,
+        "base": written["base"],
+        "exported": written["exported"],
+        "texts": texts,
+        "canary": {
+            "prompt": questions["canary_prompt"],
+            "reference": questions["answers"]["canary"],
+            "exported": seen["answers"]["canary"],
+        },
+        "metadata": seen["file"]["metadata"],
+        "versions": seen["versions"],
+    }
+
+
+def next_step(assertions: list[Assertion]) -> str:
+    """What to look at first, by the first assertion that did not hold."""
+    for a in assertions:
+        if not a.passed:
+            return next((hint for start, hint in HINTS.items() if a.name.startswith(start)), "")
+    return ""
+
+
+_OFF = "Compare the formats of this run: if all are off, the merge is wrong; if one is, its writer or consumer."
+HINTS = {
+    "tensors of": "Look at the types with `gguf-dump FILE` or in the safetensors headers: not what was asked for.",
+    "parameters": "The file lacks tensors or rows: compare its tensors with the base's.",
+    "file size": "Export again with enough disk space.",
+    "tokens of": "The vocabulary was cut or padded: compare `vocab_size` of the base with the export.",
+    "mean KL": _OFF,
+    "top-1": _OFF,
+    "hard strings": "The tokenizer or its pre-tokenizer id is not the base model's: look at `tokenizer.ggml.pre`.",
+    "chat template": "The template was lost or changed on the way: compare the base's chat_template.jinja.",
+    "conversations": "The consumer renders the template otherwise: update it, or simplify the template.",
+    "canary": "The adapter is not in the export, or at another scale: compare KL on the canary's answer.",
+}

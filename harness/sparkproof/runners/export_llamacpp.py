@@ -1,0 +1,114 @@
+"""The consumer llama.cpp, through PyPI's xllamacpp: the server itself, in this process, on a local port.
+
+`/completion` with one token to predict and `n_probs` as large as the vocabulary returns every log-probability before
+sampling (`post_sampling_probs` false); the prompt is a list of token ids, and the prompt cache makes each further
+position of a text cost one token. The answer is 4.7 MB of JSON for 49152 tokens, so two requests overlap: one is
+computed while the other is read.
+
+The one predicted token is of no interest but must be text: where the model would end, or break off inside a character,
+the server says nothing, and no probabilities either. So sampling is biased to the letter a; what `n_probs` reports is
+computed from the unbiased logits.
+
+Probabilities come from fp32 `exp`, divided by an fp32 running sum, whence sums that miss 1 by some 1e-4: the judge
+normalises. What underflows is reported as the lowest float, and read here as `LOWEST`, the log of fp32's smallest
+positive number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from numpy import ndarray
+
+LOWEST = -103.28
+TIMEOUT_S = 120
+
+
+class LlamaCppModel:
+    """One GGUF in llama.cpp's server."""
+
+    def __init__(self, file: Path) -> None:
+        """Load `file` on the CPU; xllamacpp raises when llama.cpp refuses it."""
+        import xllamacpp
+
+        start = time.perf_counter()
+        params = xllamacpp.CommonParams()
+        params.model.path = str(file)
+        params.n_ctx = 1024
+        params.n_parallel = 1
+        params.n_gpu_layers = 0
+        params.warmup = False
+        params.verbosity = 0
+        cores = len(os.sched_getaffinity(0))
+        params.cpuparams.n_threads = max(1, cores // 2)  # its threads spin while they wait: leave room for the reader
+        params.cpuparams_batch.n_threads = max(1, cores // 2)
+        self.server = xllamacpp.Server(params)
+        self.url: str = self.server.listening_address
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # never through a proxy
+        self.load_s = time.perf_counter() - start
+        self.template = str(self._call("/props")["chat_template"])
+        self.harmless = self.tokenize("a")[-1]
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
+        try:
+            with self._open(request, timeout=TIMEOUT_S) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"llama.cpp refused {path}: {error.read().decode(errors='replace')[:300]}") from error
+
+    def log_probabilities(self, ids: list[int], positions: list[int], vocabulary: int) -> ndarray:
+        """Every token's log-probability after each prefix."""
+        import numpy as np
+
+        def after(position: int) -> ndarray:
+            answer = self._call(
+                "/completion",
+                {
+                    "prompt": ids[: position + 1],
+                    "n_predict": 1,
+                    "n_probs": vocabulary,
+                    "post_sampling_probs": False,
+                    "temperature": 0.0,
+                    "logit_bias": [[self.harmless, 1000.0]],
+                    "cache_prompt": True,
+                },
+            )
+            row = np.full(vocabulary, np.nan, dtype=np.float32)
+            for entry in answer["completion_probabilities"][0]["top_logprobs"]:
+                if entry["id"] < vocabulary:
+                    row[entry["id"]] = max(entry["logprob"], LOWEST)
+            return row
+
+        with ThreadPoolExecutor(2) as pool:
+            return np.stack(list(pool.map(after, positions)))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids as the server makes them from a text prompt."""
+        return list(self._call("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"])
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The embedded chat template, rendered by llama.cpp's own Jinja."""
+        return str(self._call("/apply-template", {"messages": messages})["prompt"])
+
+    def generate(self, prompt: str, max_tokens: int) -> tuple[str, float]:
+        """Greedy answer through `/v1/chat/completions`."""
+        answer = self._call(
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens, "temperature": 0.0},
+        )
+        timings = answer.get("timings") or {}
+        speed = timings.get("predicted_per_second", 0.0) if timings.get("predicted_n", 0) > 1 else 0.0
+        return str(answer["choices"][0]["message"]["content"]), float(speed)
+
+    def close(self) -> None:
+        """Stop the server."""
+        del self.server
