@@ -1,8 +1,8 @@
 """Tests marked `kernels` run kernels: on the GPU where torch has one, and in Triton's interpreter otherwise.
 
-The interpreter is chosen when Triton is imported. `pytest tests/kernels` alone imports nothing before this file, so it is switched
-on here for the whole process. In a run of all tests others have imported Triton, and must not find it interpreting: there
-each such test runs in a process of its own.
+The interpreter is chosen when Triton is imported. `pytest tests/kernels` alone imports nothing before this file, so
+it is switched on here for the whole process. In a run of all tests others have imported Triton, and must not find it
+interpreting: there each such test runs in a process of its own.
 """
 
 import os

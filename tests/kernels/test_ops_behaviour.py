@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from sparktune.ops import dispatch, nf4, rms_norm, swiglu
 
 pytestmark = pytest.mark.kernels

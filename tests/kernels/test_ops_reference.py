@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-
 from sparktune.ops import discover, dispatch, nf4, op_names, rms_norm, swiglu
 from sparktune.ops.device import INTERPRETER, SPARK, DeviceProperties
 from sparktune.ops.spec import Mutant

@@ -1,6 +1,6 @@
 """How wrong a result is, and how wrong it may be.
 
-Two errors are taken against the float64 oracle: the relative L2 error of the whole tensor, and the worst element's
+Errors are taken against the float64 oracle: the relative L2 error of the whole tensor, and the worst element's
 error relative to the root mean square of its row, so that one wrong element or one wrong small row shows. Plain
 PyTorch in the same dtype is held to the same oracle, and a result passes with at most twice its error plus a floor of
 a few fp32 roundings. Relative L2 is also capped for each dtype, so that a bad reference excuses nothing.
@@ -15,6 +15,10 @@ import torch
 ALLOWED_RATIO = 2.0
 FLOOR_L2 = 5e-7
 FLOOR_WORST = 2e-6
+# Cutting bits off in place of rounding has just twice the error, so it would pass by size alone; but all its errors
+# point to zero. In 16 bits, where rounding makes the error, their mean direction is held to chance: this many
+# deviations.
+BIAS_DEVIATIONS = 6.0
 # Relative L2, whatever plain PyTorch's error is. Weight gradients in fp32 sum over rows and get more.
 CAP_L2 = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float64: 1e-12}
 CAP_L2_SUM = 1e-4
@@ -28,17 +32,20 @@ class Error:
     l2_allowed: float
     worst: float
     worst_allowed: float
+    bias: float = 0.0
+    bias_allowed: float = 1.0
 
     @property
     def ratio(self) -> float:
-        """Error over what is allowed, the larger of both kinds: passes up to 1."""
-        return max(self.l2 / self.l2_allowed, self.worst / self.worst_allowed)
+        """Error over what is allowed, the largest of the kinds: passes up to 1."""
+        return max(self.l2 / self.l2_allowed, self.worst / self.worst_allowed, self.bias / self.bias_allowed)
 
     def sentence(self) -> str:
         """Both errors with their bounds."""
         return (
             f"relative L2 {self.l2:.2e} (allowed {self.l2_allowed:.2e}), "
-            f"worst element {self.worst:.2e} (allowed {self.worst_allowed:.2e})"
+            f"worst element {self.worst:.2e} (allowed {self.worst_allowed:.2e}), "
+            f"bias {self.bias:.2f} (allowed {self.bias_allowed:.2f})"
         )
 
 
@@ -66,7 +73,17 @@ def measure(
     if not exempt_cap:
         cap = CAP_L2_SUM if summed and dtype == torch.float32 else CAP_L2[dtype]
         allowed = min(allowed, cap + slack_l2)
-    return Error(l2, allowed, worst, ALLOWED_RATIO * worst_plain + FLOOR_WORST + slack_worst)
+    bias, bias_allowed = 0.0, 1.0
+    if dtype.itemsize == 2:
+        bias = _bias(r, o)
+        bias_allowed = ALLOWED_RATIO * _bias(p, o) + BIAS_DEVIATIONS / o.numel() ** 0.5
+    return Error(l2, allowed, worst, ALLOWED_RATIO * worst_plain + FLOOR_WORST + slack_worst, bias, bias_allowed)
+
+
+def _bias(r: torch.Tensor, o: torch.Tensor) -> float:
+    """Mean error along the oracle's sign over mean error: 1 when all point away from zero, or all to it."""
+    error = (r - o) * o.sign()
+    return float(error.mean().abs() / error.abs().mean().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

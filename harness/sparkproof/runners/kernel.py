@@ -1,8 +1,8 @@
 """Runs a `kernel` scenario: one op proven right, its tests proven sharp, its configurations proven to fit, or its
 speed.
 
-Correctness and mutants run on the GPU where torch can use one, and in Triton's interpreter otherwise; the result's
-mode and a notice say which. Compilation needs no GPU. Whatever runs kernels has a process of its own.
+Correctness runs on the GPU where torch can use one, and in Triton's interpreter otherwise; the result's mode and a notice
+say which. Mutants always run in the interpreter (`judge.selftest` says why). Compilation needs no GPU. Whatever runs kernels has a process of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from sparkproof.judge.selftest import INTERPRETED, chosen
 from sparkproof.results import Assertion, CaseResult, Measurement, Verdict
 from sparkproof.runners.base import Context
 from sparkproof.runners.kernel_speed import judge_speed
@@ -23,8 +24,6 @@ def run(case: Case, context: Context) -> CaseResult:
     """Run the case to its end and say what was seen."""
     scenario = case.scenario
     assert isinstance(scenario, KernelScenario)
-    from sparkproof.judge.selftest import chosen
-
     spec = chosen([scenario.op])[scenario.op]  # UserError for an unknown op
     if scenario.variant and scenario.variant not in spec.variants:
         from sparkproof.errors import UserError
@@ -39,9 +38,11 @@ def run(case: Case, context: Context) -> CaseResult:
 def _spawn(case: Case, scenario: KernelScenario, result: CaseResult, context: Context) -> CaseResult:
     gpu = context.facts.gpu
     on_gpu = gpu is not None and bool(gpu.usable_by_torch)
-    env = {"TRITON_INTERPRET": "0"} if on_gpu else {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result.mode = "gpu" if on_gpu else "interpreter"
-    if not on_gpu:
+    if scenario.task == "mutants":  # the judge is on trial, not the device
+        on_gpu = False
+    env = {"TRITON_INTERPRET": "0"} if on_gpu else INTERPRETED
+    result.mode = "gpu" if on_gpu else "host" if scenario.task == "mutants" else "interpreter"
+    if result.mode == "interpreter":
         result.notices.append("No GPU: the kernels ran in Triton's interpreter on the CPU, not as compiled code.")
     payload = {"task": scenario.task, "op": scenario.op, "dtype": scenario.dtype, "variant": scenario.variant}
     outcome = context.spawn(ENTRY, payload, case=case, phase=scenario.task, timeout_s=scenario.timeout_s, env=env)
