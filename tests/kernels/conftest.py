@@ -5,6 +5,7 @@ it is switched on here for the whole process. In a run of all tests others have 
 interpreting: there each such test runs in a process of its own.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -32,17 +33,39 @@ def _here() -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    if pyfuncitem.get_closest_marker("kernels") is None or _here():
+    mark = pyfuncitem.get_closest_marker("kernels")
+    if mark is None or _here():
         return None
+    # Short tests share one child for their file, since starting one costs more than they do.
+    together = mark.kwargs.get("together", False)
+    node = pyfuncitem.nodeid.split("::")[0] if together else pyfuncitem.nodeid
+    passed, output = _in_child(node, pyfuncitem.config.rootpath)
+    if f"{pyfuncitem.nodeid} PASSED" not in passed:
+        pytest.fail(f"in the interpreter:\n{output[-8000:]}", pytrace=False)
+    return True
+
+
+@functools.cache
+def _in_child(node: str, root: Path) -> tuple[str, str]:
+    """(lines of the tests that passed, all output) of a pytest that interprets kernels."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", pyfuncitem.nodeid]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--show-capture=no",
+        node,
+    ]
     done = subprocess.run(
-        command, cwd=pyfuncitem.config.rootpath, env=env | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        command, cwd=root, env=env | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "400"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    if done.returncode != 0 or "1 passed" not in done.stdout:
-        pytest.fail(f"in the interpreter:\n{done.stdout[-6000:]}{done.stderr[-2000:]}", pytrace=False)
-    return True
+    return "\n".join(x for x in done.stdout.splitlines() if " PASSED" in x), done.stdout + done.stderr
 
 
 @pytest.fixture

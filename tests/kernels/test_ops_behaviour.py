@@ -4,7 +4,7 @@ import pytest
 import torch
 from sparktune.ops import dispatch, nf4, rms_norm, swiglu
 
-pytestmark = pytest.mark.kernels
+pytestmark = pytest.mark.kernels(together=True)
 
 
 def way(device):

@@ -75,9 +75,7 @@ def compile_all(
     for op in ops or ():
         if op not in known:
             raise UserError(f"There is no op called '{op}'.", f"Known: {', '.join(known)}.")
-    jobs = [
-        (op, arch, dtype) for op in (ops or known) for arch in archs for dtype in (dtypes or ("fp32", "bf16", "fp16"))
-    ]
+    jobs = [(op, arch, ",".join(dtypes or ())) for op in (ops or known) for arch in archs]
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         rows = [
             row
@@ -93,13 +91,13 @@ def compile_all(
     }
 
 
-def compile_op(spec: OpSpec, target: Target, module: Mapping[str, Any], dtype: str = "") -> list[Row]:
+def compile_op(spec: OpSpec, target: Target, module: Mapping[str, Any], dtypes: Sequence[str] = ()) -> list[Row]:
     """All configurations `spec` can choose on the target's device, in this process; `module` holds its kernels."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError(
             "Triton was imported with TRITON_INTERPRET=1: interpreting and compiling need separate processes."
         )
-    launches = [x for x in spec.launches(target.device) if not dtype or x.dtype == dtype]
+    launches = [x for x in spec.launches(target.device) if not dtypes or x.dtype in dtypes]
     return [judge(spec.name, launch, module[launch.kernel], target) for launch in launches]
 
 
@@ -184,11 +182,11 @@ def _since(start: float) -> float:
 
 
 def _in_process(
-    op: str, arch: str, dtype: str, *, progress: Callable[[str], None], timeout_s: float
+    op: str, arch: str, dtypes: str, *, progress: Callable[[str], None], timeout_s: float
 ) -> list[dict[str, Any]]:
-    progress(f"compiling {op} {dtype} for {arch}")
+    progress(f"compiling {op} for {arch}")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "sparkproof.judge.aot", op, arch, dtype]
+    command = [sys.executable, "-W", "ignore", "-m", "sparkproof.judge.aot", op, arch, dtypes]
     done = subprocess.run(
         command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout_s
     )
@@ -198,10 +196,14 @@ def _in_process(
     return rows
 
 
-def _main(op: str, arch: str, dtype: str) -> None:
+def _main(op: str, arch: str, dtypes: str) -> None:
     spec = discover()[op]
     module = sys.modules[f"sparktune.ops.{op}"]
-    print(json.dumps([asdict(r) for r in compile_op(spec, TARGETS[arch], vars(module), dtype)]))
+    print(
+        json.dumps(
+            [asdict(r) for r in compile_op(spec, TARGETS[arch], vars(module), [d for d in dtypes.split(",") if d])]
+        )
+    )
 
 
 if __name__ == "__main__":

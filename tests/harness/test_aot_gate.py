@@ -1,0 +1,123 @@
+"""The ahead-of-time gate: it fails what does not fit, and passes what does, without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sparkproof.errors import UserError
+from sparkproof.judge import aot
+from sparkproof.judge.targets import TARGETS
+
+LIMITS = """
+import json, sys
+from dataclasses import asdict
+sys.path.insert(0, {here!r})
+import aot_kernels as k
+from sparkproof.judge.aot import judge
+from sparkproof.judge.targets import TARGETS
+from sparktune.ops.spec import Launch
+def launch(kernel, warps, stages=3, **flags):
+    tensors = {{n: "*bf16" if n[0] in "ab" and kernel is k.tile else "*fp32" for n in kernel.arg_names if n.endswith("_ptr")}}
+    signature = tensors | {{"n": "i32"}} | dict.fromkeys(flags, "constexpr")
+    return Launch("planted", kernel.fn.__name__, signature, flags, warps, stages)
+def row(kernel, arch, *a, **f):
+    return asdict(judge("planted", launch(kernel, *a, **f), kernel, TARGETS[arch]))
+print(json.dumps({{
+    "fits": row(k.tile, "sm_121", 8, BLOCK=128, DEPTH=32, stages=2),
+    "big": row(k.tile, "sm_121", 8, BLOCK=128, DEPTH=256, stages=1),
+    "big_elsewhere": row(k.tile, "sm_90", 8, BLOCK=128, DEPTH=256, stages=1),
+    "spills": row(k.crowded, "sm_121", 1, BLOCK=8192),
+    "wrong": row(k.tile, "sm_121", 8, BLOCK=100, DEPTH=32),
+}}))
+"""
+
+
+def child(code: str, **env: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], env=clean | env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    done = child(LIMITS.format(here=str(Path(__file__).parent)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_tile_that_fits_passes_with_its_numbers(planted):
+    row = planted["fits"]
+    assert row["passed"] and not row["reason"]
+    assert 0 < row["shared_bytes"] <= row["shared_limit"] == 101376
+    assert 0 < row["registers"] <= 255 and row["spills"] == 0
+
+
+def test_too_much_shared_memory_fails_though_it_compiles(planted):
+    row = planted["big"]
+    assert not row["passed"] and row["shared_bytes"] > 101376
+    assert "shared memory" in row["reason"]
+
+
+def test_limits_are_the_targets_own(planted):
+    row = planted["big_elsewhere"]
+    assert row["shared_limit"] == 232448 and row["shared_bytes"] is not None
+    assert "shared memory" not in row["reason"]
+
+
+def test_a_kernel_that_spills_fails(planted):
+    row = planted["spills"]
+    assert not row["passed"] and row["spills"] > 0
+    assert "spilled" in row["reason"]
+
+
+def test_what_does_not_compile_fails_with_the_compilers_words(planted):
+    row = planted["wrong"]
+    assert not row["passed"] and row["registers"] is None
+    assert row["reason"].startswith("does not compile: ") and len(row["reason"]) > 30
+
+
+def test_every_limit_has_its_sentence():
+    target = TARGETS["sm_121"]
+    assert aot.excess(255, 0, 101376, 8, target) == ""
+    assert "255 are allowed" in aot.excess(256, 0, 0, 1, target)
+    assert "registers a block" in aot.excess(255, 0, 0, 16, target)
+    assert "4 bytes spilled" in aot.excess(10, 4, 0, 1, target)
+    assert aot.excess(300, 8, 200000, 16, target).count(";") == 3
+
+
+def test_an_interpreting_process_refuses_to_compile():
+    code = (
+        "from sparkproof.judge.aot import compile_op\nfrom sparkproof.judge.targets import TARGETS\n"
+        "from sparktune.ops import discover\ncompile_op(discover()['swiglu'], TARGETS['sm_121'], {})"
+    )
+    done = child(code, TRITON_INTERPRET="1")
+    assert done.returncode != 0 and "separate processes" in done.stderr
+
+
+@pytest.mark.parametrize("arch", ["sm_121", "sm_90"])
+def test_all_configurations_of_an_op_are_compiled(arch, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # inherited, it must not reach the compiler
+    document = aot.compile_all([arch], ["swiglu"], dtypes=["bf16"])
+    assert document["schema"] == "sparkproof/compile-kernels/1" and document["passed"]
+    from sparktune.ops import discover
+
+    wanted = [x for x in discover()["swiglu"].launches(TARGETS[arch].device) if x.dtype == "bf16"]
+    assert [r["configuration"] for r in document["configurations"]] == [x.when for x in wanted]
+    assert {r["arch"] for r in document["configurations"]} == {arch}
+    json.dumps(document)
+
+
+def test_unknown_targets_and_ops_are_named():
+    with pytest.raises(UserError, match="Unknown architecture 'sm_999'"):
+        aot.compile_all(["sm_999"])
+    with pytest.raises(UserError, match="no op called 'gelu'"):
+        aot.compile_all(["sm_121"], ["gelu"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sorted(TARGETS))
+def test_every_op_fits_every_target(arch):
+    document = aot.compile_all([arch])
+    assert document["passed"], [r for r in document["configurations"] if not r["passed"]]

@@ -1,0 +1,133 @@
+"""The self-test's own honesty: stale tables, weak judges, broken controls and survivors are told, never counted as kills."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from sparkproof.errors import UserError
+from sparkproof.judge import mutants, selftest
+from sparkproof.judge.mutants import MutantError
+from sparktune.ops import discover, op_names
+from sparktune.ops.spec import Mutant
+
+
+@pytest.mark.parametrize("op", op_names())
+def test_every_mutant_applies_and_its_file_still_parses(op):
+    spec = discover()[op]
+    source = mutants.source_of(spec)
+    for m in spec.mutants:
+        compile(mutants.apply(source, m, op), m.id, "exec")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ("text that is nowhere", "x", "0 times"),
+        ("mask=mask", "x", r"[0-9]+ times"),
+        ("return dgate, dup", "return dgate, dup", "changes nothing"),
+    ],
+)
+def test_a_stale_or_ambiguous_mutant_is_an_error(old, new, match):
+    source = mutants.source_of(discover()["swiglu"])
+    with pytest.raises(MutantError, match=match):
+        mutants.apply(source, Mutant("m", "d", old, new), "swiglu")
+
+
+def test_text_in_the_table_itself_is_not_edited():
+    source = "x = 1\n\nMUTANTS = '''\n- y = 2\n'''\n"
+    with pytest.raises(MutantError, match="0 times"):
+        mutants.apply(source, Mutant("m", "d", "y = 2", "y = 3"), "op")
+
+
+def test_a_mutant_that_does_not_load_is_an_error():
+    with pytest.raises(MutantError, match="does not load: SyntaxError"), mutants.loaded("def", "op", "m"):
+        pass
+
+
+def test_an_unknown_op_is_named_with_the_known_ones():
+    with pytest.raises(UserError, match="no op called 'rms'") as e:
+        selftest.kernels(["rms"])
+    assert "swiglu" in e.value.fix
+
+
+def in_interpreter(code: str) -> dict:
+    """Run `code`, which prints JSON last, in a process that interprets kernels."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+PLANT = """
+import dataclasses, json, torch
+from sparkproof.judge import mutants, selftest
+from sparkproof.judge.mutants import MutantError
+from sparktune.ops import discover
+from sparktune.ops.spec import Mutant
+spec = discover()["swiglu"]
+import sparkproof.judge.correctness as judge
+judge.FAMILIES = judge.FAMILIES[:2]
+few = {k: v for k, v in spec.sizes.items() if k in ("typical",)}
+def attempt(*planted, **changes):
+    s = dataclasses.replace(spec, mutants=planted, sizes=few, **changes)
+    try:
+        return [dataclasses.asdict(t) for t in mutants.try_mutants(s, dtypes=[torch.bfloat16])]
+    except MutantError as e:
+        return str(e)
+"""
+
+
+def test_survivors_planting_errors_and_broken_controls_are_told_apart():
+    seen = in_interpreter(
+        PLANT
+        + """
+harmless = Mutant("harmless", "nothing wrong", "dup = dy * gate * s", "dup = gate * dy * s")
+real = Mutant("real", "no gate", "dup = dy * gate * s", "dup = dy * s")
+typo = Mutant("typo", "a name that is not there", "dup = dy * gate * s", "dup = dy * gate * sigmoid")
+wrong = dict(reference=lambda t, p, c: torch.nn.functional.gelu(t["gate"]) * t["up"], exact=None)
+print(json.dumps({
+    "harmless": attempt(harmless), "real": attempt(real), "typo": attempt(typo), "control": attempt(real, **wrong),
+}))
+"""
+    )
+    assert [t["killed"] for t in seen["harmless"]] == [False]
+    assert seen["harmless"][0]["by"] == "every check held"
+    assert [t["killed"] for t in seen["real"]] == [True]
+    assert "gradient of up" in seen["real"][0]["by"]
+    assert "mistake in the planting" in seen["typo"]
+    assert "fails unmutated" in seen["control"]
+
+
+def test_a_judge_without_teeth_lets_mutants_live_and_the_document_says_so():
+    row = in_interpreter(
+        PLANT
+        + """
+judge._Trial.compare = lambda self, *a, **k: None
+judge._Trial.laws = lambda self, p: None
+spec = dataclasses.replace(spec, sizes=few, exact=None, mutants=spec.mutants[:3])
+selftest.discover = lambda: {"swiglu": spec}
+print(json.dumps(selftest.one("swiglu")))
+"""
+    )
+    assert row["killed"] == 0 and row["total"] == 3 and len(row["survivors"]) == 3
+
+
+def test_the_document_of_a_whole_op():
+    document = selftest.kernels(["swiglu"])
+    assert document["schema"] == "sparkproof/selftest-kernels/1"
+    assert document["passed"] and document["killed"] == document["total"] >= 8
+    (row,) = document["ops"]
+    assert row["op"] == "swiglu" and not row["survivors"] and not row["error"]
+    assert {m["id"] for m in row["mutants"]} == {m.id for m in discover()["swiglu"].mutants}
+    assert all(m["by"] for m in row["mutants"])
+    json.dumps(document)
+
+
+@pytest.mark.slow
+def test_all_mutants_of_all_ops_die():
+    document = selftest.kernels()
+    assert document["passed"], [(r["op"], r["survivors"], r["error"]) for r in document["ops"]]
+    assert [r["op"] for r in document["ops"]] == op_names()
