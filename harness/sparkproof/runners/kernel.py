@@ -1,7 +1,8 @@
 """Runs a `kernel` scenario: an op proven right, its tests proven sharp, its configurations proven to fit, or its speed.
 
-Correctness and mutants run on the GPU where torch can use one, and in Triton's interpreter otherwise; the result's mode
-and a notice say which. Compilation needs no GPU. Whatever runs kernels has a process of its own.
+Correctness runs on the GPU where torch can use one, and in Triton's interpreter otherwise; the result's mode and a
+notice say which. Mutants always run in the interpreter (`judge.selftest` says why). Compilation needs no GPU. Whatever
+runs kernels has a process of its own.
 """
 
 from __future__ import annotations
