@@ -6,6 +6,7 @@ import math
 import pytest
 from sparkproof.results import CaseResult, Verdict
 from sparkproof.runners import gate
+from sparkproof.runners.parity import rms
 from sparkproof.scenario import TrainScenario
 
 
@@ -66,6 +67,7 @@ def good(engine="hf", mode="host"):
             "fp32": {
                 "loss": 4.0,
                 "reference_loss": 4.001,
+                "token_rms": 1e-6,
                 "relative": 1e-6,
                 "worst": "layers.0.q_proj.lora_A",
                 "worst_relative": 1e-6,
@@ -212,8 +214,35 @@ def test_loss_fall_is_of_fifths():
 )
 def test_in_bf16_twice_the_references_own_error_is_allowed(relative, own, passes):
     seen = good()
-    seen.parity["bf16"] = {**seen.parity["fp32"], "relative": relative, "reference_relative": own}
+    seen.parity["bf16"] = {
+        **seen.parity["fp32"], "relative": relative, "reference_relative": own, "reference_token_rms": 0.1
+    }  # fmt: skip
     expected = [] if passes else ["LoRA gradients, distance from hf, bf16"]
     assert missed(seen) == expected
     seen.parity["fp32"] = None
     assert missed(seen) == expected
+
+
+@pytest.mark.parametrize(
+    ("apart", "own", "passes"),
+    [
+        (0.19, 0.1, True),
+        (0.21, 0.1, False),
+        (0.02, 0.001, True),
+        (0.03, 0.001, False),
+        (math.nan, 0.1, False),
+        (0.3, math.nan, False),
+    ],
+)
+def test_in_bf16_losses_are_compared_token_by_token(apart, own, passes):
+    seen = good()
+    seen.parity["bf16"] = {
+        **seen.parity["fp32"], "reference_relative": 0.08, "token_rms": apart, "reference_token_rms": own
+    }  # fmt: skip
+    assert missed(seen) == ([] if passes else ["first losses token by token, distance from hf, bf16"])
+
+
+def test_token_losses_of_unequal_number_are_infinitely_apart():
+    assert rms([1.0, 2.0], [1.0, 2.5]) == pytest.approx(math.sqrt(0.125))
+    assert rms([1.0], [1.0, 2.0]) == math.inf
+    assert rms([], []) == math.inf

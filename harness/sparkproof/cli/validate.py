@@ -35,7 +35,14 @@ def validate(
     scenarios: Path = typer.Option(
         None, help="Folder with scenarios, instead of the project's own.", show_default=False
     ),
-    workers: int = typer.Option(0, "-n", "--workers", help="Run correctness cases in this many processes.", min=0),
+    workers: int = typer.Option(
+        None,
+        "-n",
+        "--workers",
+        help="Run correctness cases in this many processes (default: 4 with a GPU and 8 cores or more, else 1).",
+        min=0,
+        show_default=False,
+    ),
     memory_floor: float = typer.Option(
         0, help="End a case when available memory falls under this many GiB (default: an eighth, at most 16).", min=0
     ),

@@ -22,6 +22,7 @@ from sparktune.ops import discover, dispatch
 from sparktune.ops.spec import OpSpec
 
 from sparkproof.errors import UserError
+from sparkproof.judge.interpreter import unable
 from sparkproof.judge.mutants import MutantError, try_mutants
 
 SCHEMA = "sparkproof/selftest-kernels/1"
@@ -63,9 +64,9 @@ def one(name: str) -> dict[str, Any]:
     """One op's row, made in this process, which must have begun with TRITON_INTERPRET=1. Errors: RuntimeError otherwise."""
     if not dispatch.INTERPRETED:
         raise RuntimeError("mutants are tried in Triton's interpreter: start the process with TRITON_INTERPRET=1")
-    spec, start, error, trials = discover()[name], time.perf_counter(), "", []
+    spec, start, error, trials = discover()[name], time.perf_counter(), unable(), []
     try:
-        trials = try_mutants(spec)
+        trials = [] if error else try_mutants(spec)
     except MutantError as e:
         error = str(e)
     return {

@@ -217,37 +217,47 @@ def parity(s: TrainScenario, seen: Evidence) -> list[Assertion]:
 
     In fp32 the two must be close. Where training computes in bf16 its rounding moves gradients by several percent (8%
     in SmolLM2-135M), so there both are measured against the fp32 reference: the engine may be at most twice as far
-    from it as the reference is in bf16, plus a tiny floor.
+    from it as the reference is in bf16, plus a tiny floor. The loss is compared token by token there: over the 50 or so
+    labels of one batch bf16's logits move the mean by chance (0.005 nats for one engine and 0.030 for another whose gradients
+    lay equally close, on an H100), while the root mean square over tokens is stable, and never less than the mean's.
     """
     found: list[Assertion] = []
     name, close, rounded = seen.parity["reference"], seen.parity["fp32"], seen.parity["bf16"]
     if close:
-        found += _agree(s, seen, close, f"{name}, fp32", s.gate.parity_grad, f"<= {s.gate.parity_grad:g}")
+        found.append(
+            Assertion(
+                name=f"first loss, distance from {name}, fp32",
+                passed=abs(close["loss"] - close["reference_loss"]) <= s.gate.parity_loss,
+                value=number(abs(close["loss"] - close["reference_loss"])),
+                bound=f"<= {s.gate.parity_loss:g}",
+                unit="nats",
+            )
+        )
+        found += _agree(seen, close, f"{name}, fp32", s.gate.parity_grad, f"<= {s.gate.parity_grad:g}")
     if rounded:
         own = rounded["reference_relative"]
         limit = max(s.gate.parity_grad, 2 * own + BF16_FLOOR)
-        found += _agree(
-            s, seen, rounded, f"{name}, bf16", limit, f"<= {limit:.3g}, twice the reference's own {own:.3g}"
+        own_tokens = rounded["reference_token_rms"]
+        most = max(s.gate.parity_loss, 2 * own_tokens)
+        found.append(
+            Assertion(
+                name=f"first losses token by token, distance from {name}, bf16",
+                passed=rounded["token_rms"] <= most,
+                value=number(rounded["token_rms"]),
+                bound=f"<= {most:.3g}, twice the reference's own {own_tokens:.3g}",
+                unit="nats, root mean square",
+            )
         )
+        found += _agree(seen, rounded, f"{name}, bf16", limit, f"<= {limit:.3g}, twice the reference's own {own:.3g}")
     if not found:
         found.append(Assertion(name=f"gradients compared with {name}", passed=False, value=0, bound="1 at least"))
     return found
 
 
-def _agree(
-    s: TrainScenario, seen: Evidence, p: dict[str, Any], where: str, limit: float, bound: str
-) -> list[Assertion]:
-    apart = abs(p["loss"] - p["reference_loss"])
+def _agree(seen: Evidence, p: dict[str, Any], where: str, limit: float, bound: str) -> list[Assertion]:
     expected = seen.run["lora"]["tensors"]
     zero, differ = p["zero"], p["names_differ"]
     return [
-        Assertion(
-            name=f"first loss, distance from {where}",
-            passed=apart <= s.gate.parity_loss,
-            value=number(apart),
-            bound=f"<= {s.gate.parity_loss:g}",
-            unit="nats",
-        ),
         Assertion(
             name=f"LoRA gradients, distance from {where}",
             passed=p["relative"] <= limit and not differ,

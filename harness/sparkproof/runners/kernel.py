@@ -11,7 +11,7 @@ from collections import defaultdict
 from typing import Any
 
 from sparkproof.judge.selftest import INTERPRETED, chosen
-from sparkproof.results import Assertion, CaseResult, Measurement, Verdict
+from sparkproof.results import Assertion, CaseResult, Measurement, ReasonClass, Verdict
 from sparkproof.runners.base import Context
 from sparkproof.runners.kernel_speed import judge_speed
 from sparkproof.scenario import Case, KernelScenario
@@ -52,6 +52,10 @@ def _spawn(case: Case, scenario: KernelScenario, result: CaseResult, context: Co
         result.traceback = outcome.traceback
         result.verdict = Verdict.FAILED if outcome.blames_device else Verdict.BROKEN
         result.next_step = f"See {outcome.log}."
+        return result
+    if why := outcome.result.get("unable"):
+        result.verdict, result.reason_class, result.reason = Verdict.SKIPPED, ReasonClass.SOFTWARE, f"{why}."
+        result.next_step = "pip install triton==3.8.0, or 'numpy<2.4'"
         return result
     judged = {"correctness": _correctness, "mutants": _mutants, "speed": judge_speed}[scenario.task]
     return judged(scenario, result, outcome.result)

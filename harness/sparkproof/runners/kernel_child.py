@@ -5,6 +5,7 @@ TRITON_INTERPRET, or its absence, was set by the parent before this process impo
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -15,6 +16,11 @@ def main(payload: dict[str, Any]) -> dict[str, Any]:
     """Run one task. `payload`: task, op, dtype, variant (empty: all)."""
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # NaN and Inf are planted on purpose
     task = payload["task"]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from sparkproof.judge.interpreter import unable
+
+        if why := unable():
+            return {"unable": why}
     if task == "mutants":
         from sparkproof.judge import selftest
 

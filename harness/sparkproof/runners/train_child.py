@@ -96,7 +96,7 @@ class Bench:
         from safetensors.torch import save_file
 
         from sparkproof.engines.base import lora_parameters, seed_lora
-        from sparkproof.engines.loop import forward_backward
+        from sparkproof.engines.loop import forward_backward, token_losses
         from sparkproof.engines.plain import make_plain
 
         seed_lora(self.model, self.scenario.seed, PARITY_B)
@@ -106,11 +106,12 @@ class Bench:
                 make_plain(self.model)
             self.model.train()
             loss = forward_backward(self.model, self.data.batches[0], self.spec)
+            tokens = token_losses(self.model, self.data.batches[0], self.spec)
         grads = {
             n: p.grad.float().cpu().contiguous() for n, p in lora_parameters(self.model).items() if p.grad is not None
         }
         save_file(grads, out)
-        return {"loss": loss, "file": str(out), "tensors": len(grads)}
+        return {"loss": loss, "token_losses": tokens, "file": str(out), "tensors": len(grads)}
 
 
 def train(payload: dict[str, Any]) -> dict[str, Any]:
