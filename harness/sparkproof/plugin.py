@@ -52,6 +52,7 @@ def _has_scenarios(config: pytest.Config) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marks that scenarios use; in an xdist worker, take over the controller's settings."""
+    config.addinivalue_line("markers", "xdist_group: cases that run one after another in one worker")
     for mark in (*KINDS, *Profile):
         config.addinivalue_line("markers", f"{mark}: scenarios of this kind or profile")
     given = getattr(config, "workerinput", {}).get("sparkproof")
@@ -135,6 +136,10 @@ class ScenarioItem(pytest.Item):
             for mark in (case.kind, case.scenario.profile.value, *case.scenario.tags):
                 self.config.addinivalue_line("markers", f"{mark}: scenarios with this tag")
                 self.add_marker(getattr(pytest.mark, mark))
+            # with `--dist loadgroup` an export runs in the worker that trains its source, after it
+            source = getattr(case.scenario, "source", case.name if case.kind == "train" else "")
+            if source:
+                self.add_marker(pytest.mark.xdist_group(source))
 
     def runtest(self) -> None:
         """Run the case and turn its verdict into pytest's."""
@@ -205,7 +210,7 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     """The same, from the first worker that has collected."""
     controller = node.config.stash.get(CONTROLLER, None)
     if controller and not controller.planned:
-        controller.plan([i.split("::", 1)[1] for i in ids if "::" in i and ".y" in i.split("::")[0]])
+        controller.plan([case_name(i) for i in ids if "::" in i and ".y" in i.split("::")[0]])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -221,6 +226,13 @@ def pytest_runtest_makereport(
     return report
 
 
+def case_name(nodeid: str) -> str:
+    """The case in a node id: what stands behind ::, without the group that `--dist loadgroup` appends."""
+    name = nodeid.split("::", 1)[-1]
+    base, at, group = name.rpartition("@")
+    return base if at and "/" in group else name
+
+
 class ControllerHooks:
     """Hooks that only the controller needs; registered when there is one."""
 
@@ -230,12 +242,12 @@ class ControllerHooks:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """A case begins."""
-        self.controller.started(nodeid.split("::", 1)[-1])
+        self.controller.started(case_name(nodeid))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A case ended: record it before anything else happens."""
         body = getattr(report, ATTRIBUTE, None)
-        name = report.nodeid.split("::", 1)[-1]
+        name = case_name(report.nodeid)
         try:
             if body:
                 self.controller.ended(CaseResult.model_validate(json.loads(body)))

@@ -21,7 +21,7 @@ from sparkproof import catalog
 from sparkproof.errors import UserError
 from sparkproof.facts.model import Facts
 from sparkproof.match import unmet
-from sparkproof.measure.exclusive import gpu_lock
+from sparkproof.measure.exclusive import machine_lock
 from sparkproof.measure.memory import default_floor_gib
 from sparkproof.results import CaseResult, ReasonClass, Strict, Verdict
 from sparkproof.rollback import manifest
@@ -58,7 +58,7 @@ class RunSession:
         self.settings = settings
         self.catalog = catalog.load(settings.scenarios, settings.overrides)
         self.context = Context(
-            run_dir=settings.run_dir,
+            run_dir=settings.run_dir.resolve(),  # children and tools get absolute paths, wherever they run
             facts=settings.facts,
             cache_dir=settings.cache_dir,
             memory_floor_gib=settings.memory_floor_gib,
@@ -105,9 +105,9 @@ class RunSession:
                 reason=lacking[1],
                 next_step="Run it on a machine that has what it needs; nothing is wrong with this one.",
             )
-        uses_gpu = facts.gpu is not None and case.kind in ("kernel", "train", "export")
+        heavy = case.kind != "environment"
         try:
-            with gpu_lock(exclusive=case.scenario.timed) if uses_gpu else nullcontext():
+            with machine_lock(exclusive=case.scenario.timed) if heavy else nullcontext():
                 return runner(case.kind)(case, self.context)
         except UserError as e:
             reason = ReasonClass(e.skip_class) if e.skip_class else None

@@ -18,7 +18,7 @@ from sparkproof.runners.base import Context
 from sparkproof.scenario import Case
 
 FACTS = Facts(
-    origin="constructed for a test", arch="x86_64", cpu=Cpu(cores=2), memory=Memory(total_gib=24.0, available_gib=20.0)
+    origin="constructed for a test", arch="x86_64", cpu=Cpu(cores=1), memory=Memory(total_gib=24.0, available_gib=20.0)
 )
 
 

@@ -1,4 +1,4 @@
-"""One run at a time, and a GPU to itself for what is timed."""
+"""One run at a time, and the machine to itself for what is timed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from sparkproof.errors import UserError
-from sparkproof.measure.exclusive import gpu_lock, only_run
+from sparkproof.measure.exclusive import machine_lock, only_run
 
 HOLD = """
 import sys, time
-from sparkproof.measure.exclusive import gpu_lock, only_run
+from sparkproof.measure.exclusive import machine_lock, only_run
 with {lock}:
     print("held", flush=True)
     time.sleep({seconds})
@@ -55,10 +55,10 @@ def test_wait_waits() -> None:
 
 
 def test_timed_cases_are_alone_and_correctness_cases_share() -> None:
-    other = hold("gpu_lock(exclusive=False)", 1.5)
+    other = hold("machine_lock(exclusive=False)", 1.5)
     start = time.monotonic()
-    with gpu_lock(exclusive=False):
+    with machine_lock(exclusive=False):
         assert time.monotonic() - start < 1
-    with gpu_lock(exclusive=True):
+    with machine_lock(exclusive=True):
         assert other.poll() is not None or time.monotonic() - start > 1
     other.wait()

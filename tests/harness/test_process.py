@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -118,6 +121,28 @@ def test_the_watchdog_ends_a_case_at_the_floor_and_not_the_host(spawn, monkeypat
     assert outcome.min_available_gib < before - 0.25
     assert "memory watchdog" in outcome.sentence("training")
     assert spawn("well", {"n": 1}).status == "ok", "the next case runs"
+
+
+def test_a_killed_run_leaves_no_case_behind(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib; from sparkproof.runners.process import run_process; import sys; "
+        f"run_process([sys.executable, '-m', 'sparkproof.runners.child', '{Path(__file__).stem}:slow'], "
+        f"{{'pids': r'{tmp_path}/pids'}}, work_dir=pathlib.Path(r'{tmp_path}'), phase='x', timeout_s=60, floor_gib=0.01, "
+        "env=dict(os.environ))"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "pids").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.2)
+    case = int((tmp_path / "pids").read_text().split()[0])
+    parent.kill()
+    parent.wait()
+    time.sleep(0.5)
+    assert not psutil.pid_exists(case) or psutil.Process(case).status() == psutil.STATUS_ZOMBIE
+    with contextlib.suppress(psutil.Error):
+        psutil.Process(int((tmp_path / "pids").read_text().split()[1])).kill()
 
 
 def test_the_watchdog_polls_faster_than_twice_a_second() -> None:

@@ -39,7 +39,7 @@ def validate(
         None,
         "-n",
         "--workers",
-        help="Run correctness cases in this many processes (default: 4 with a GPU and 8 cores or more, else 1).",
+        help="Run cases in this many processes (default: 4 with a GPU and 8 cores, else 2); a timed one runs alone.",
         min=0,
         show_default=False,
     ),

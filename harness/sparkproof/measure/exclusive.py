@@ -1,4 +1,4 @@
-"""Who may use the machine now: one run at a time, and a GPU to itself for whatever is timed.
+"""Who may use the machine now: one run at a time, and in it the machine to itself for whatever is timed.
 
 Locks are flock(2) on files in a per-user folder, so they vanish with the process that held them, however it ended.
 """
@@ -58,8 +58,11 @@ def _holder(f: IO[str]) -> str:
 
 
 @contextlib.contextmanager
-def gpu_lock(exclusive: bool) -> Iterator[None]:
-    """Hold the GPU: alone for a timed case, shared for correctness cases."""
-    with open(lock_dir() / "gpu.lock", "a", encoding="utf-8") as f:
+def machine_lock(exclusive: bool) -> Iterator[None]:
+    """Hold the machine with its GPU: alone for a timed case, shared for the others.
+
+    Not the GPU alone: beside a busy CPU the launches of a short backward took 0.48 instead of 0.37 ms, on an H100.
+    """
+    with open(lock_dir() / "machine.lock", "a", encoding="utf-8") as f:
         fcntl.flock(f, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
         yield

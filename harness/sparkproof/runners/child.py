@@ -7,9 +7,11 @@ fault of the harness and breaks it. The result file is written whole or not at a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -48,8 +50,18 @@ def write_json(path: Path, data: Any) -> None:
     tmp.replace(path)
 
 
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent goes: a killed run must not leave a training behind."""
+    PR_SET_PDEATHSIG = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.environ.get("SPARKPROOF_PARENT", str(os.getppid())) != str(os.getppid()):
+            os._exit(9)  # it went before the kernel was asked
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the entry point; exit 0 with a result, 3 with an error written to the result file."""
+    die_with_parent()
     entry, payload_path, result_path = (argv or sys.argv[1:])[:3]
     module, _, name = entry.partition(":")
     try:

@@ -90,7 +90,12 @@ def run_process(
     result_path.unlink(missing_ok=True)
     payload_path.write_text(json.dumps(payload), encoding="utf-8")
     progress_path.write_text("", encoding="utf-8")
-    env = {**env, "SPARKPROOF_PROGRESS": str(progress_path), "PYTHONUNBUFFERED": "1"}
+    env = {
+        **env,
+        "SPARKPROOF_PROGRESS": str(progress_path),
+        "SPARKPROOF_PARENT": str(os.getpid()),
+        "PYTHONUNBUFFERED": "1",
+    }
     start = time.monotonic()
     status = ""
     peak_rss, lowest, seen = 0.0, available_gib(), 0
