@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,6 +30,9 @@ from sparkproof.report.views import write_all
 from sparkproof.rollback import manifest
 from sparkproof.scenario import Case, EngineName, Profile
 from sparkproof.session import RunSession, Settings
+
+# Plugins that a run loads besides its own: names of modules or entry points, for those who embed it.
+EXTRA_PLUGINS: list[str] = []
 
 
 @dataclass
@@ -209,12 +212,14 @@ def execute(controller: Controller, workers: int) -> int:
         "-p", "no:cacheprovider",
         "--capture=no",
         "--continue-on-collection-errors",
-        "-q",
+        "-p", "no:terminal",  # the run has a reporter of its own, and two would interleave
+        "-p", "sparkproof.plugin",
+        *(argument for plugin in EXTRA_PLUGINS for argument in ("-p", plugin)),
     ]  # fmt: skip
-    if not entry_points(group="pytest11", name="sparkproof"):  # run from a checkout that is not installed
-        arguments += ["-p", "sparkproof.plugin"]
+    # Other plugins of this Python (benchmark, cov, ...) would print into a run, or change it.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     if workers > 1:
-        arguments += ["-n", str(workers), "--dist", "loadgroup"]
+        arguments += ["-p", "xdist", "-n", str(workers), "--dist", "loadgroup"]
     guest = Guest(controller)
     code = int(pytest.main(arguments, plugins=[guest]))
     if controller.exit_code is None:  # pytest ended before its sessionfinish: what was measured is closed all the same
@@ -230,7 +235,7 @@ def execute(controller: Controller, workers: int) -> int:
 
 
 class Guest:
-    """A plugin of this one pytest session: brings the controller, silences pytest's terminal."""
+    """A plugin of this one pytest session: brings the controller, and keeps what pytest would have printed."""
 
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
@@ -240,14 +245,6 @@ class Guest:
     def pytest_configure(self, config: pytest.Config) -> None:
         """Adopt the run before anything is collected."""
         plugin.adopt(config, self.controller)
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionstart(self, session: pytest.Session) -> None:
-        """Take pytest's own reporter away: the run has one, and two would interleave."""
-        manager = session.config.pluginmanager
-        reporter = manager.get_plugin("terminalreporter")
-        if reporter is not None:
-            manager.unregister(reporter)
 
     def pytest_internalerror(self, excrepr: Any) -> None:
         """Keep what pytest would have printed."""

@@ -91,6 +91,7 @@ def pytest_configure() -> None:
 
 if __name__ == "__main__":
     install()
+    run.EXTRA_PLUGINS.append("fake_harness")  # for xdist's workers; its folder is on PYTHONPATH
     from sparkproof.cli import main
 
     main()

@@ -324,3 +324,10 @@ def test_two_at_once(machine: Machine) -> None:
         pytest.raises(UserError, match="Another rollback"),
     ):
         machine.rollback(before, yes=True)
+
+
+def test_under_test_the_list_of_what_is_ours_is_never_the_real_one() -> None:
+    import platformdirs
+    from sparkproof.rollback import manifest
+
+    assert not manifest.manifest_path().is_relative_to(platformdirs.user_state_dir("sparkproof"))

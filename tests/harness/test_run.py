@@ -41,6 +41,7 @@ class Runner:
             "SPARKPROOF_CACHE": str(self.folder / "cache"),
             "SPARKPROOF_MANIFEST": str(self.folder / "manifest.jsonl"),
             "COLUMNS": "200",
+            "PYTHONPATH": os.pathsep.join([str(FAKE.parent), os.environ.get("PYTHONPATH", "")]),
             **extra,
         }
 
@@ -192,6 +193,26 @@ def test_ctrl_c_leaves_a_partial_report_and_exit_130(run: Runner, number: int) -
     for view in VIEWS:
         assert (run.runs()[-1] / view).exists(), view
     assert "interrupted" in output.lower() and "--resume" in output
+
+
+def test_with_several_workers_everything_is_recorded_and_ctrl_c_still_reports(run: Runner) -> None:
+    for n in range(4):
+        run.scenario(f"k/a{n}", "pass")
+    run.scenario("k/f", "fail")
+    result = run("validate", "-n", "2")
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "k/f" in result.stdout, result.stdout + result.stderr
+    assert len(run.verdicts()) == 5 and "[  OK  ] k/a3" in result.stdout
+    assert "bringing up nodes" not in result.stdout
+    run.scenario("k/z", "sleep")
+    shutil.rmtree(run.folder / "reports")
+    process = run.start("validate", "-n", "2")
+    run.wait_for('"k/f"', process)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert "k/z" not in run.verdicts() and (run.runs()[-1] / "report.html").exists()
 
 
 def test_two_runs_at_once(run: Runner) -> None:
