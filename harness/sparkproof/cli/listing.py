@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from sparkproof import catalog
 from sparkproof.errors import UserError
@@ -39,7 +39,10 @@ def list_cases(
         print(json.dumps({"cases": rows, "problems": [vars(p) for p in found.problems]}, indent=1))
     else:
         console = Console()
-        table = Table("case", "profile", "needs", "what passing proves", box=None, pad_edge=False)
+        if not console.is_terminal:  # a pipe has no width: names must stay whole for grep
+            console.width = 200
+        name = Column("case", no_wrap=True, overflow="ignore")
+        table = Table(name, "profile", "needs", "what passing proves", box=None, pad_edge=False)
         for c in cases:
             needs = ", ".join(_needs(c)) or "-"
             table.add_row(escape(c.name), c.scenario.profile.value, escape(needs), escape(c.scenario.summary))

@@ -102,6 +102,8 @@ def judge_speed(scenario: KernelScenario, result: CaseResult, d: dict[str, Any])
     result.verdict, result.reason = CaseResult.decide(result.assertions, speed_trusted=trusted)
     if not trusted:
         result.next_step = "Let the machine idle and cool, end other GPU work, then rerun."
+    elif result.verdict is Verdict.FAILED:
+        result.next_step = "Run it again on an idle machine; if it misses again, `sparkproof doctor` looks for low clocks."
     return result
 
 
