@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparkproof.results import Assertion, CaseResult, Measurement
+from sparkproof.results import Assertion, CaseResult, Measurement, Verdict
 from sparkproof.scenario import KernelScenario
 
 
@@ -103,7 +103,9 @@ def judge_speed(scenario: KernelScenario, result: CaseResult, d: dict[str, Any])
     if not trusted:
         result.next_step = "Let the machine idle and cool, end other GPU work, then rerun."
     elif result.verdict is Verdict.FAILED:
-        result.next_step = "Run it again on an idle machine; if it misses again, `sparkproof doctor` looks for low clocks."
+        result.next_step = (
+            "Run it again on an idle machine; if it misses again, `sparkproof doctor` looks for low clocks."
+        )
     return result
 
 
