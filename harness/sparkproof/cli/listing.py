@@ -41,8 +41,8 @@ def list_cases(
         console = Console()
         if not console.is_terminal:  # a pipe has no width: names must stay whole for grep
             console.width = 200
-        name = Column("case", no_wrap=True, overflow="ignore")
-        table = Table(name, "profile", "needs", "what passing proves", box=None, pad_edge=False)
+        first = Column("case", no_wrap=True, overflow="ignore")
+        table = Table(first, "profile", "needs", "what passing proves", box=None, pad_edge=False)
         for c in cases:
             needs = ", ".join(_needs(c)) or "-"
             table.add_row(escape(c.name), c.scenario.profile.value, escape(needs), escape(c.scenario.summary))
