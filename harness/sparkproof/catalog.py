@@ -94,12 +94,7 @@ class Catalog:
 
 def in_run_order(cases: Iterable[Case]) -> list[Case]:
     """Environment first, export after train; by name inside a kind."""
-    return sorted(cases, key=lambda c: (KIND_ORDER.index(c.kind), c.file, list_key(c)))
-
-
-def list_key(case: Case) -> str:
-    """Order inside a file: by name."""
-    return case.name
+    return sorted(cases, key=lambda c: (KIND_ORDER.index(c.kind), c.file, c.name))
 
 
 def matches(name: str, pattern: str) -> bool:

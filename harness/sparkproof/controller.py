@@ -14,7 +14,7 @@ from sparkproof.report.terminal import LiveReporter
 from sparkproof.report.views import write_all
 from sparkproof.results import CaseResult, Verdict
 from sparkproof.scenario import Case, Profile
-from sparkproof.session import RunSession, Settings, broken_file, rerun_command
+from sparkproof.session import RunSession, Settings, rerun_command
 
 
 def default_profile(facts: Facts) -> Profile:
@@ -151,6 +151,3 @@ class Controller:
         if self.reporter:
             self.reporter.finish(record)
         return self.exit_code
-
-
-__all__ = ["Controller", "broken_file", "default_profile"]

@@ -50,9 +50,6 @@ def validate(
     dry_run: bool = typer.Option(False, help="Show what would run and what would be skipped, and stop."),
     facts: Path = typer.Option(None, help="With --dry-run: facts of another machine.", show_default=False),
     wait: bool = typer.Option(False, help="Wait for a run in progress instead of stopping."),
-    reported: bool = typer.Option(
-        True, "--report/--no-report", help="Write the HTML, JSON, JUnit and Markdown views.", hidden=True
-    ),
 ) -> None:
     """Judge this machine: run scenarios, record every case, and say one verdict."""
     from sparkproof import run
