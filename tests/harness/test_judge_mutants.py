@@ -106,7 +106,8 @@ def test_a_judge_without_teeth_lets_mutants_live_and_the_document_says_so():
         PLANT
         + """
 judge._Trial.compare = lambda self, *a, **k: None
-judge._Trial.laws = lambda self, p: None
+judge.promises.laws = lambda *a: None
+judge._Trial.users = lambda self, *a: None
 spec = dataclasses.replace(spec, sizes=few, exact=None, mutants=spec.mutants[:3])
 selftest.discover = lambda: {"swiglu": spec}
 print(json.dumps(selftest.one("swiglu")))

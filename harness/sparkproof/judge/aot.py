@@ -111,7 +111,7 @@ def judge(op: str, launch: Launch, kernel: Any, target: Target) -> Row:
     )  # fmt: skip
     try:
         shared, ptx = _compile(launch, kernel, target)
-        registers, spills = _assemble(ptx, target)
+        registers, spills = _assemble(ptx, target, launch.fp_fusion)
     except Exception as e:  # whatever the compiler raises is the finding
         return Row(**about, passed=False, reason=f"does not compile: {_last_line(e)}", seconds=_since(start))
     reason = excess(registers, spills, shared, launch.num_warps, target)
@@ -150,12 +150,13 @@ def _compile(launch: Launch, kernel: Any, target: Target) -> tuple[int, str]:
         attrs={(i,): ALIGNED for i, n in enumerate(names) if launch.signature[n].startswith("*")},
     )
     # As `dispatch.launch` launches.
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options["enable_fp_fusion"] = launch.fp_fusion
     compiled = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options=options)
     return int(compiled.metadata.shared), str(compiled.asm["ptx"])
 
 
-def _assemble(ptx: str, target: Target) -> tuple[int, int]:
+def _assemble(ptx: str, target: Target, fp_fusion: bool) -> tuple[int, int]:
     """(registers a thread, bytes of spill stores and loads), from `ptxas -v`."""
     tool = triton.knobs.nvidia.ptxas_blackwell if target.capability >= 100 else triton.knobs.nvidia.ptxas
     wanted = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
@@ -163,7 +164,8 @@ def _assemble(ptx: str, target: Target) -> tuple[int, int]:
     with tempfile.TemporaryDirectory(prefix="sparkproof-ptx-") as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx, encoding="utf-8")
-        command = [tool.path, "-v", "--fmad=false", f"--gpu-name={wanted[1]}", str(path), "-o", os.devnull]
+        fused = f"--fmad={'true' if fp_fusion else 'false'}"
+        command = [tool.path, "-v", fused, f"--gpu-name={wanted[1]}", str(path), "-o", os.devnull]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     log = done.stdout + done.stderr
     used, spilled = USED.findall(log), SPILLED.findall(log)

@@ -94,6 +94,11 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(*raw)
 
 
+def shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors lie in one storage, so that writing to one may change the other."""
+    return a.numel() > 0 and b.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def outside(result: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> int:
     """How many elements lie outside [low, high]; NaN is inside where an end is NaN. Equal ends mean equal values."""
     r, lo, hi = result.detach().double(), low.double(), high.double()

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from sparktune.ops import dispatch
-from sparktune.ops.spec import OpSpec, Problem, Tensors
+from sparktune.ops.spec import OpSpec, Problem, Tensors, named
 
-from sparkproof.judge import huge
-from sparkproof.judge.compare import degenerate, measure, outside, same_bits, unlike_nonfinite
+from sparkproof.judge import huge, promises
+from sparkproof.judge.compare import degenerate, measure, outside, same_bits, shares_memory, unlike_nonfinite
 from sparkproof.judge.families import FAMILIES, FAR, NORMAL, WIDE_FAMILIES, Family, make_gradient, make_inputs
 from sparkproof.judge.record import FirstFailure, Judgement, Raised, Unsound
 
@@ -51,7 +51,7 @@ def judge(
     trial = _Trial(spec, tested or spec, j, device)
     with contextlib.suppress(FirstFailure):
         for dtype in dtypes or spec.dtypes:
-            for part in (trial.normal, trial.families):
+            for part in (trial.normal, trial.families, trial.users):
                 for variant in variants or spec.variants:
                     name = f"{variant} {str(dtype).removeprefix('torch.')}".strip()
                     progress(f"{spec.name} {name}")
@@ -101,7 +101,15 @@ class _Trial:
         if "far" in spec.sizes and self.device.type == "cpu" and dtype.itemsize == 2:
             self._one(name, spec.problem("far", dtype, variant), "far", FAR)
         j.where = f"{name}, typical"
-        self._guard(lambda: self.laws(spec.problem("typical", dtype, variant)))
+        typical = spec.problem("typical", dtype, variant)
+        self._guard(lambda: promises.laws(spec, self.tested, j, typical, self.device))
+
+    def users(self, variant: str, dtype: torch.dtype, name: str) -> None:
+        """What is done to an op in practice: autocast and torch.compile."""
+        self.j.where = f"{name}, typical"
+        p = self.spec.problem("typical", dtype, variant)
+        self._guard(lambda: promises.autocast(self.spec, self.tested, self.j, p, self.device))
+        self._guard(lambda: promises.compiled(self.spec, self.tested, self.j, p, self.device))
 
     def families(self, variant: str, dtype: torch.dtype, name: str) -> None:
         """The other input families, and the huge case."""
@@ -124,57 +132,78 @@ class _Trial:
             part()
 
     def one(self, p: Problem, size: str, family: Family) -> None:
-        """One problem under one family: output, gradients, and what must not have changed."""
+        """One problem under one family: outputs, gradients, and what must not have changed."""
         spec, j = self.spec, self.j
         inputs = make_inputs(spec, p, family, self.device)
         before = {k: t.detach().clone() for k, t in inputs.items()}
         dispatch.reset()
         with j.tested("call"), poisoned():
-            out = self.tested.call(inputs, p)
+            out = named(self.tested.call(inputs, p))
         counts = dispatch.watermarks().get(spec.name, {})
         launched = sum(dispatch.launches().values())
-        ran = bool(counts) and counts["reference"] == 0 and (launched > 0 or out.numel() == 0)
+        ran = bool(counts) and counts["reference"] == 0
+        ran &= launched > 0 or not any(t.numel() for t in out.values()) or not any(t.numel() for t in inputs.values())
         j.check("the kernel ran", "call", ran, detail=f"{launched} launches, {counts}")
 
         plain_in, oracle_in = leaves(inputs), leaves(inputs, torch.float64)
-        plain = spec.reference(plain_in, p, None)
-        oracle = spec.reference(oracle_in, p, torch.float64)
-        self.compare("out", out, plain, oracle, family, size)
-        if spec.exact is not None and out.shape == plain.shape and out.numel():
+        plain = named(spec.reference(plain_in, p, None))
+        oracle = named(spec.reference(oracle_in, p, torch.float64))
+        alike = out.keys() == plain.keys()
+        j.check("named outputs", "call", alike, detail=", ".join(out))
+        if not alike:
+            return
+        for k, o in out.items():
+            self.compare(k, o, plain[k], oracle[k], family, size)
+        if spec.exact is not None and all(out[k].shape == plain[k].shape for k in out):
             slack = max(spec.exact_slack, INTERPRETER_SLACK if j.mode == "interpreter" else 0.0)
-            low, high = spec.exact(inputs, p, slack)
-            wrong = outside(out, low, high)
-            j.check("rounding order", "out", wrong == 0, detail=f"{wrong} of {out.numel()} elements outside it")
-        if spec.peer is not None and family is NORMAL and out.numel():
+            low, high = map(named, spec.exact(inputs, p, slack))
+            for k in low:
+                wrong = outside(out[k], low[k], high[k])
+                if out[k].numel():
+                    j.check("rounding order", k, wrong == 0, detail=f"{wrong} of {out[k].numel()} elements outside it")
+        if spec.peer is not None and family is NORMAL and all(t.numel() for t in out.values()):
             self.peer(inputs, p, out)
         self.unchanged("call", inputs, before)
+        shared = [k for k, o in out.items() if any(shares_memory(o, t) for t in inputs.values())]
+        j.check("outputs are new memory", "call", not shared, detail=", ".join(shared) or "none shares an input's")
         wanted = [k for k, t in inputs.items() if t.requires_grad]
         if wanted:
             self.gradients(p, size, family, inputs, before, wanted, out, (plain, plain_in), (oracle, oracle_in))
 
     def gradients(
         self, p: Problem, size: str, family: Family, inputs: Tensors, before: Tensors, wanted: list[str],
-        out: torch.Tensor, plain: tuple[torch.Tensor, Tensors], oracle: tuple[torch.Tensor, Tensors],
+        out: Tensors, plain: tuple[Tensors, Tensors], oracle: tuple[Tensors, Tensors],
     ) -> None:  # fmt: skip
         """Every gradient against the oracle; twice, since a backward that spoils what was saved is right only once."""
         j = self.j
-        gy = make_gradient(self.spec, p, family, out)
-        gy_before = gy.clone()
+        through = [k for k, o in out.items() if o.is_floating_point() and k not in self.spec.without_gradient]
+        gy = {k: make_gradient(self.spec, p, family, out[k], k) for k in through}
+        gy_before = {k: g.clone() for k, g in gy.items()}
 
-        def grad(y: torch.Tensor, of: Tensors, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad(y, [of[k] for k in wanted], g, retain_graph=True)
+        def grad(of: Tensors, to: Tensors, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
+            grads = [g if dtype is None else g.to(dtype) for g in gy.values()]
+            return torch.autograd.grad(
+                [of[k] for k in through], [to[k] for k in wanted], grads, retain_graph=True, materialize_grads=True
+            )
 
         with j.tested("backward"), poisoned():
-            first = grad(out, inputs, gy)
-        j.check("output gradient unchanged", "backward", same_bits(gy, gy_before))
+            first = grad(out, inputs)
+        j.check("output gradient unchanged", "backward", all(same_bits(gy[k], gy_before[k]) for k in through))
         self.unchanged("backward", inputs, before)
+        shared = [
+            k for k, g in zip(wanted, first, strict=True) if any(shares_memory(g, t) for t in (*gy.values(), *inputs.values()))
+        ]  # fmt: skip
+        j.check("gradients are new memory", "backward", not shared, detail=", ".join(shared) or "none shares another's")
         with j.tested("second backward"), poisoned():
-            again = grad(out, inputs, gy)
+            again = grad(out, inputs)
         j.check("second backward gives the same bits", "backward", all(map(same_bits, first, again)))
-        plain_grads, oracle_grads = grad(*plain, gy), grad(*oracle, gy.double())
+        plain_grads, oracle_grads = grad(*plain), grad(*oracle, dtype=torch.float64)
+        described = self.spec.inputs(p)
         for k, g, pg, og in zip(wanted, first, plain_grads, oracle_grads, strict=True):
-            summed = self.spec.inputs(p)[k].role == "parameter"
-            scale = gy.double().pow(2).mean().sqrt() if size == "one" else None
+            summed = described[k].role == "parameter"
+            scale = None
+            if size == "one":
+                scale = torch.cat([g.double().flatten() for g in gy.values()]).pow(2).mean().sqrt()
             self.compare(f"gradient of {k}", g, pg, og, family, size, summed=summed, scale=scale)
 
     def compare(
@@ -187,6 +216,9 @@ class _Trial:
         j.check("shape and dtype", of, alike, detail=f"{tuple(result.shape)} {result.dtype}")
         if not alike or result.numel() == 0:
             return
+        if not result.is_floating_point():
+            self.codes(of, result, plain)
+            return
         if family.finite and size not in ("one", "no rows", "no columns"):
             why = degenerate(oracle, constant_ok=family.values == "equal")
             if why:
@@ -196,12 +228,21 @@ class _Trial:
         e = measure(result, plain, oracle, scale=scale, summed=summed, exempt_cap=size == "one")
         j.check("error", of, e.ratio <= 1, e.ratio, e.sentence())
 
+    def codes(self, of: str, result: torch.Tensor, plain: torch.Tensor) -> None:
+        """Integers are the reference's; a declared share may be its neighbours."""
+        off = (result.long() - plain.long()).abs()
+        share, far = float((off > 0).double().mean()), int(off.max())
+        allowed = self.spec.integer_slack.get(of, 0.0)
+        passed = share <= allowed and far <= (1 if allowed else 0)
+        detail = f"{share:.2%} differ (allowed {allowed:.2%}), by {far} at most"
+        self.j.check("codes", of, passed, detail=detail)
+
     def unchanged(self, after: str, inputs: Tensors, before: Tensors) -> None:
         """No input was written to."""
         changed = [k for k, t in inputs.items() if not same_bits(t, before[k])]
         self.j.check("inputs unchanged", after, not changed, detail=", ".join(changed) or "none written to")
 
-    def peer(self, inputs: Tensors, p: Problem, out: torch.Tensor) -> None:
+    def peer(self, inputs: Tensors, p: Problem, out: Tensors) -> None:
         """Bit for bit what an independent implementation gives, where it is installed."""
         peer = self.spec.peer
         assert peer is not None
@@ -210,42 +251,5 @@ class _Trial:
             if note not in self.j.not_run:
                 self.j.not_run.append(note)
             return
-        theirs = peer.call(leaves(inputs), p)
-        self.j.check(f"same bits as {peer.name}", "out", same_bits(out, theirs.reshape(out.shape)))
-
-    def laws(self, p: Problem) -> None:
-        """Metamorphic laws, the same bits twice, and a second derivative refused rather than wrong."""
-        spec, j = self.spec, self.j
-        inputs = leaves(make_inputs(spec, p, NORMAL, self.device))
-        constants = {k: t.detach() for k, t in inputs.items()}
-        for law in spec.laws:
-            with j.tested(law.name):
-                sides = law.sides(self.tested.call, constants, p)
-            if sides is None:
-                continue
-            left, right = (s.double() for s in sides)
-            off = float(((left - right).abs() / torch.maximum(left.abs(), right.abs()).clamp_min(1e-30)).max())
-            if (
-                law.tolerance
-            ):  # relative to the tensor, since a difference of nearly equal halves has no relative accuracy
-                off = float((left - right).abs().max() / right.pow(2).mean().sqrt())
-            j.check(
-                "law", law.name, off <= law.tolerance, detail=f"sides differ by {off:.1e} (allowed {law.tolerance:.0e})"
-            )
-        with j.tested("call"):
-            twice = self.tested.call(constants, p), self.tested.call(constants, p)
-        j.check("same bits twice", "call", same_bits(*twice))
-        if not any(t.requires_grad for t in inputs.values()):
-            return
-        with j.tested("call"):
-            y = self.tested.call(inputs, p)
-        refused = ""
-        try:
-            torch.autograd.grad(
-                y.float().pow(2).sum(), [t for t in inputs.values() if t.requires_grad], create_graph=True
-            )
-        except RuntimeError as e:
-            refused = str(e)
-        j.check(
-            "second derivative refused by name", "backward", spec.name in refused, detail=refused or "it was computed"
-        )
+        for k, theirs in named(peer.call(leaves(inputs), p)).items():
+            self.j.check(f"same bits as {peer.name}", k, same_bits(out[k], theirs.reshape(out[k].shape)))

@@ -75,9 +75,9 @@ def make_inputs(spec: OpSpec, p: Problem, family: Family, device: torch.device) 
     return made
 
 
-def make_gradient(spec: OpSpec, p: Problem, family: Family, like: torch.Tensor) -> torch.Tensor:
-    """The output's gradient: normal, in the family's layout."""
-    g = generator(spec.name, p.variant, sorted(p.dims.items()), "gradient")
+def make_gradient(spec: OpSpec, p: Problem, family: Family, like: torch.Tensor, name: str = "out") -> torch.Tensor:
+    """The gradient of the output called `name`: normal, in the family's layout."""
+    g = generator(spec.name, p.variant, sorted(p.dims.items()), "gradient", *([name] if name != "out" else []))
     t = torch.randn(like.shape, generator=g).to(like.dtype)
     return lay_out(t, family.gradient, like.device, extra=3)
 
@@ -109,20 +109,21 @@ def _values(i: Input, family: Family, g: torch.Generator) -> torch.Tensor:
 
 def lay_out(t: torch.Tensor, layout: Layout, device: torch.device, extra: int = 0) -> torch.Tensor:
     """`t`'s values on `device` in another layout. Memory around a view holds NaN, so that reading it shows."""
-    if layout == "contiguous" or t.numel() == 0 or t.dim() == 0:
+    if layout == "contiguous" or t.numel() == 0 or t.dim() == 0 or (layout == "far" and t.dim() != 2):
         return t.to(device)
     if layout == "far":
         return _far(t)
     if layout == "sliced":
         width = t.shape[-1]
         outer = torch.empty((*t.shape[:-1], width + 5 + 2 * extra), dtype=t.dtype, device=device)
-        outer.fill_(float("nan") if t.is_floating_point() else 170)
+        outer.fill_(float("nan") if t.is_floating_point() else min(170, torch.iinfo(t.dtype).max))
         view = outer[..., 1 + extra : 1 + extra + width]
         view.copy_(t)
         return view
     if layout == "transposed":
         if t.dim() == 1:  # every second element of a vector
-            wide = torch.full((2 * t.numel(),), 170, dtype=t.dtype, device=device)
+            around = float("nan") if t.is_floating_point() else min(170, torch.iinfo(t.dtype).max)
+            wide = torch.full((2 * t.numel(),), around, dtype=t.dtype, device=device)
             wide[::2] = t.to(device)
             return wide[::2]
         return t.to(device).transpose(-1, -2).contiguous().transpose(-1, -2)

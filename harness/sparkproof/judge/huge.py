@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from sparktune.ops.spec import OpSpec, Problem, Tensors
+from sparktune.ops.spec import OpSpec, Problem, Tensors, named
 
 from sparkproof.judge.compare import measure, outside
 from sparkproof.judge.families import generator
@@ -54,31 +54,41 @@ def _judge(spec: OpSpec, tested: OpSpec, j: Judgement, p: Problem, inputs: Tenso
 
     assert spec.tail is not None
     with j.tested("call"), poisoned():
-        out = tested.call(inputs, p)
+        out = named(tested.call(inputs, p))
     part, small = spec.tail({k: t.detach() for k, t in inputs.items()}, p)
     for k, t in inputs.items():
         part[k] = part[k].requires_grad_(t.requires_grad)
     plain_in, oracle_in = leaves(part), leaves(part, torch.float64)
-    plain, oracle = spec.reference(plain_in, small, None), spec.reference(oracle_in, small, torch.float64)
-    end = out[-oracle.shape[0] :]
-    e = measure(end, plain, oracle)
-    j.check("error", "out", e.ratio <= 1, e.ratio, e.sentence())
+    plain = named(spec.reference(plain_in, small, None))
+    oracle = named(spec.reference(oracle_in, small, torch.float64))
+    ends = {k: o[-oracle[k].shape[0] :] for k, o in out.items() if o.is_floating_point()}
+    for k, end in ends.items():
+        e = measure(end, plain[k], oracle[k])
+        j.check("error", k, e.ratio <= 1, e.ratio, e.sentence())
+        _written(j, k, out[k])
     if spec.exact is not None:
-        wrong = outside(end, *spec.exact(part, small, spec.exact_slack))
-        j.check("rounding order", "out", wrong == 0, detail=f"{wrong} elements of the last rows outside it")
-    unwritten = sum(int(c.isnan().sum()) for c in out.split(2**15))
-    j.check("all written", "out", unwritten == 0, detail=f"{unwritten} elements never written")
+        low, high = map(named, spec.exact(part, small, spec.exact_slack))
+        for k in low:
+            wrong = outside(ends[k], low[k], high[k])
+            j.check("rounding order", k, wrong == 0, detail=f"{wrong} elements of the last rows outside it")
     rows = [k for k, i in spec.inputs(p).items() if i.grad and i.role == "activation"]
     if not rows:
         return
-    gy = torch.empty_like(out).normal_()
+    through = [k for k in ends if k not in spec.without_gradient]
+    gy = {k: torch.empty_like(out[k]).normal_() for k in through}
     with j.tested("backward"), poisoned():
-        grads = torch.autograd.grad(out, [inputs[k] for k in rows], gy)
-    last = gy[-oracle.shape[0] :]
-    plain_grads = torch.autograd.grad(plain, [plain_in[k] for k in rows], last)
-    oracle_grads = torch.autograd.grad(oracle, [oracle_in[k] for k in rows], last.double())
+        grads = torch.autograd.grad([out[k] for k in through], [inputs[k] for k in rows], list(gy.values()))
+    last = {k: g[-oracle[k].shape[0] :] for k, g in gy.items()}
+    plain_grads = torch.autograd.grad([plain[k] for k in through], [plain_in[k] for k in rows], list(last.values()))
+    oracle_grads = torch.autograd.grad(
+        [oracle[k] for k in through], [oracle_in[k] for k in rows], [g.double() for g in last.values()]
+    )
     for k, g, pg, og in zip(rows, grads, plain_grads, oracle_grads, strict=True):
         e = measure(g[-pg.shape[0] :], pg, og)
         j.check("error", f"gradient of {k}", e.ratio <= 1, e.ratio, e.sentence())
-        unwritten = sum(int(c.isnan().sum()) for c in g.split(2**15))
-        j.check("all written", f"gradient of {k}", unwritten == 0, detail=f"{unwritten} elements never written")
+        _written(j, f"gradient of {k}", g)
+
+
+def _written(j: Judgement, of: str, t: torch.Tensor) -> None:
+    unwritten = sum(int(c.isnan().sum()) for c in t.split(2**15))
+    j.check("all written", of, unwritten == 0, detail=f"{unwritten} elements never written")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from sparktune.ops.device import DeviceProperties
-from sparktune.ops.spec import OpSpec, Problem, Tensors
+from sparktune.ops.spec import OpSpec, Outputs, Problem, Tensors, named
 
 from sparkproof.judge import stats
 from sparkproof.judge.families import generator
@@ -78,13 +78,13 @@ def _sets(spec: OpSpec, p: Problem, device: torch.device, properties: DeviceProp
 
 
 def _one_pass(spec: OpSpec, p: Problem, sets: list[Tensors], which: Pass, copy: list[float]) -> dict[str, Any]:
-    engines: dict[str, Callable[[Tensors], torch.Tensor]] = {
+    engines: dict[str, Callable[[Tensors], Outputs]] = {
         "sparktune": lambda t: spec.call(t, p),
         "plain PyTorch": lambda t: spec.reference(t, p, None),
     }
     names = list(spec.inputs(p))
 
-    def flat(*tensors: torch.Tensor) -> torch.Tensor:
+    def flat(*tensors: torch.Tensor) -> Outputs:
         return spec.reference(dict(zip(names, tensors, strict=True)), p, None)
 
     notes = []
@@ -121,7 +121,7 @@ def _one_pass(spec: OpSpec, p: Problem, sets: list[Tensors], which: Pass, copy: 
 
 @contextmanager
 def _runs(
-    engines: dict[str, Callable[[Tensors], torch.Tensor]], sets: list[Tensors], which: Pass
+    engines: dict[str, Callable[[Tensors], Outputs]], sets: list[Tensors], which: Pass
 ) -> Iterator[dict[str, Callable[[int], Any]]]:
     """Engine -> what one call does, given its number."""
     if which == "forward":
@@ -129,10 +129,10 @@ def _runs(
             yield {name: (lambda i, f=f: f(sets[i % len(sets)])) for name, f in engines.items()}  # type: ignore[misc]
         return
     wanted = [[t for t in s.values() if t.requires_grad] for s in sets]
-    graphs = {name: [f(s) for s in sets] for name, f in engines.items()}
-    gy = [torch.empty_like(y).normal_() for y in graphs["sparktune"]]
+    graphs = {name: [_differentiable(f(s)) for s in sets] for name, f in engines.items()}
+    gy = [[torch.empty_like(y).normal_() for y in ys] for ys in graphs["sparktune"]]
 
-    def run(ys: list[torch.Tensor]) -> Callable[[int], Any]:
+    def run(ys: list[list[torch.Tensor]]) -> Callable[[int], Any]:
         def call(i: int) -> Any:
             k = i % len(sets)
             return torch.autograd.grad(ys[k], wanted[k], gy[k], retain_graph=True)
@@ -140,6 +140,10 @@ def _runs(
         return call
 
     yield {name: run(ys) for name, ys in graphs.items()}
+
+
+def _differentiable(out: Outputs) -> list[torch.Tensor]:
+    return [t for t in named(out).values() if t.requires_grad]
 
 
 def _time(run: Callable[[int], Any], calls: int) -> float:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensor
 
 Way = Literal["triton", "interpreter", "reference"]
 WAYS: tuple[Way, ...] = ("triton", "interpreter", "reference")
@@ -72,18 +73,34 @@ def route(op: str, *tensors: torch.Tensor) -> Way:
     raise ValueError(f"{op}: tensors must be on a CUDA device or the CPU, got {kind}")
 
 
-def launch(kernel: Any, programs: int, tensor: torch.Tensor, *args: Any, **options: Any) -> None:
-    """Run `programs` programs of a Triton kernel on the device and stream current for `tensor`.
+def kernels_run_on(tensor: torch.Tensor) -> bool:
+    """Whether ops run their kernels on this tensor's device, compiled or interpreted, and not their references."""
+    return tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu")
 
-    Fused multiply-add is off: the plain PyTorch ops that a kernel stands for round after every step, and results that
-    are promised bit for bit must do so too. The kernels here wait for memory, not for arithmetic.
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants matrix products in on this tensor's device; None outside autocast."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def launch(
+    kernel: Any, programs: int | tuple[int, ...], tensor: torch.Tensor, *args: Any, fp_fusion: bool = False, **options: Any
+) -> None:  # fmt: skip
+    """Run `programs` programs of a Triton kernel on the device and stream current for `tensor`; nothing on a fake tensor.
+
+    Fused multiply-add is off unless asked for: the plain PyTorch ops that a kernel stands for round after every step,
+    and results that are promised bit for bit must do so too. Most kernels here wait for memory, not for arithmetic.
     """
+    if isinstance(tensor, FakeTensor):
+        return
     name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"  # the same compiled and interpreted
+    grid = programs if isinstance(programs, tuple) else (programs,)
     if tensor.is_cuda:
         with torch.cuda.device(tensor.device):
-            kernel[(programs,)](*args, enable_fp_fusion=False, **options)
+            kernel[grid](*args, enable_fp_fusion=fp_fusion, **options)
     else:
-        kernel[(programs,)](*args, **options)
+        kernel[grid](*args, **options)
     with _lock:
         _launches[name] = _launches.get(name, 0) + 1
 

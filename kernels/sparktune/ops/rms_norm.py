@@ -35,9 +35,11 @@ from typing import Any, Literal
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
+from sparktune.ops.fused import Fused
 from sparktune.ops.numerics import cast
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
 
@@ -176,52 +178,52 @@ class Config:
         return cls(block, n <= block, warps, min(m, resident) if backward else m)
 
 
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, variant: str) -> torch.Tensor:
-        gemma = variant == "gemma"
-        y = torch.empty(
-            x.shape, dtype=x.dtype if gemma else torch.promote_types(x.dtype, weight.dtype), device=x.device
-        )
-        n = x.shape[-1]
-        m = x.numel() // n if n else 0
-        r = torch.empty(m, dtype=torch.float32, device=x.device)
-        w = weight.contiguous()
-        if m:
-            flat = dispatch.rows(x)
-            c = Config.choose(m, n, DeviceProperties.of(x.device), backward=False)
-            dispatch.launch(
-                forward_kernel, c.programs, x, flat, w, y, r, n, flat.stride(0), eps,
-                GEMMA=gemma, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
-            )  # fmt: skip
-        ctx.save_for_backward(x, weight, r)
-        ctx.gemma = gemma
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        dispatch.no_double_backward("rms_norm")
-        (dy,) = grads
-        x, weight, r = ctx.saved_tensors
-        m, n = r.numel(), x.shape[-1]
-        need_dw = ctx.needs_input_grad[1]
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if m == 0:
-            return dx, torch.zeros_like(weight) if need_dw else None, None, None
-        flat, dy, w = dispatch.rows(x), dispatch.rows(dy), weight.contiguous()
-        c = Config.choose(m, n, DeviceProperties.of(x.device), backward=True)
-        # Wide rows add to their partial sums in memory, so those begin at zero.
-        make = torch.empty if c.single else torch.zeros
-        partial = make((c.programs, n) if need_dw else (1,), dtype=torch.float32, device=x.device)
-        rows_each = triton.cdiv(m, c.programs)
+def _forward(x: Tensor, weight: Tensor, eps: float, variant: str) -> tuple[Tensor, Tensor]:
+    """(y, r)."""
+    gemma = variant == "gemma"
+    y = torch.empty(x.shape, dtype=x.dtype if gemma else torch.promote_types(x.dtype, weight.dtype), device=x.device)
+    n = x.shape[-1]
+    m = x.numel() // n if n else 0
+    r = torch.empty(m, dtype=torch.float32, device=x.device)
+    if m:
+        flat = dispatch.rows(x)
+        c = Config.choose(m, n, DeviceProperties.of(x.device), backward=False)
         dispatch.launch(
-            backward_kernel, c.programs, x, dy, flat, w, r, dx, partial, m, n, dy.stride(0), flat.stride(0), rows_each,
-            GEMMA=ctx.gemma, NEED_DW=need_dw, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
+            forward_kernel, c.programs, x, flat, weight.contiguous(), y, r, n, flat.stride(0), eps,
+            GEMMA=gemma, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
         )  # fmt: skip
-        return dx, partial.sum(0).to(weight.dtype) if need_dw else None, None, None
+    return y, r
 
 
-@dispatch.eager
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, variant: str, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight)."""
+    m, n = r.numel(), x.shape[-1]
+    need_dw = needs[1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if m == 0:
+        return dx, torch.zeros_like(weight)
+    flat, dy = dispatch.rows(x), dispatch.rows(dy)
+    c = Config.choose(m, n, DeviceProperties.of(x.device), backward=True)
+    # Wide rows add to their partial sums in memory, so those begin at zero.
+    make = torch.empty if c.single else torch.zeros
+    partial = make((c.programs, n) if need_dw else (1,), dtype=torch.float32, device=x.device)
+    rows_each = triton.cdiv(m, c.programs)
+    dispatch.launch(
+        backward_kernel, c.programs, x, dy, flat, weight.contiguous(), r, dx, partial, m, n, dy.stride(0),
+        flat.stride(0), rows_each,
+        GEMMA=variant == "gemma", NEED_DW=need_dw, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
+    )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype) if need_dw else torch.empty_like(weight)
+
+
+_OP = Fused(
+    "rms_norm", _forward, _backward, reference=reference, grads=("x", "weight"),
+    save=lambda args, results: (args[0], args[1], results[1], args[3]),
+)  # fmt: skip
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, variant: str = "llama") -> torch.Tensor:
     """RMSNorm of the last dimension: x [..., N], weight [N] -> [..., N]. Differentiable once, in x and weight.
 
@@ -234,9 +236,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, variant: 
         raise ValueError(f"rms_norm: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     if x.dtype not in FLOATS or weight.dtype not in FLOATS:
         raise ValueError(f"rms_norm: x and weight must be fp32, bf16 or fp16, got {x.dtype} and {weight.dtype}")
-    way = dispatch.route("rms_norm", x, weight)
-    y = reference(x, weight, eps, variant) if way == "reference" else _RmsNorm.apply(x, weight, eps, variant)
-    dispatch.record("rms_norm", way)
+    y: Tensor = _OP(x, weight, eps, variant)
     return y
 
 
@@ -369,11 +369,8 @@ dx-over-x: dx written over the saved input
 - dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 + dx = x.detach() if x.is_contiguous() else torch.empty_like(x)
 silent-fallback: the reference run in place of the kernel
-- if way == "reference" else
-+ if True else
-second-derivative: a wrong second derivative given without a word
-- dispatch.no_double_backward("rms_norm")
-+ pass
+- y: Tensor = _OP(x, weight, eps, variant)
++ y: Tensor = reference(x, weight, eps, variant)
 """
 )
 

@@ -16,6 +16,7 @@ from sparktune.ops import op_names as op_names
 from sparktune.ops.device import DeviceProperties
 
 Tensors = dict[str, torch.Tensor]
+Outputs = torch.Tensor | Tensors  # one result, or several by name
 Role = Literal["activation", "parameter", "constant"]
 
 
@@ -97,6 +98,7 @@ class Launch:
     num_stages: int = 3
     dtype: str = ""
     variant: str = ""
+    fp_fusion: bool = False  # as the op passes it to `dispatch.launch`
 
 
 @dataclass(frozen=True)
@@ -135,23 +137,30 @@ class OpSpec:
     # elements apart; "huge" has over 2**31 elements and runs on a GPU only; "speed" is what is timed.
     sizes: Mapping[str, Mapping[str, int]]
     inputs: Callable[[Problem], dict[str, Input]]
-    call: Callable[[Tensors, Problem], torch.Tensor]
+    call: Callable[[Tensors, Problem], Outputs]
     # reference(tensors, problem, compute): plain PyTorch; `compute` is None for the op's own rounding order, or
     # float64 for the oracle, in which nothing is rounded in between.
-    reference: Callable[[Tensors, Problem, torch.dtype | None], torch.Tensor]
+    reference: Callable[[Tensors, Problem, torch.dtype | None], Outputs]
     launches: Callable[[DeviceProperties], list[Launch]]
     bytes_moved: Callable[[Problem, Literal["forward", "backward"]], int]
     flops: Callable[[Problem, Literal["forward", "backward"]], int]
     mutants: tuple[Mutant, ...]
     laws: tuple[Law, ...] = ()
     # exact(tensors, problem, slack): the lowest and highest result that the promised rounding order allows when what is
-    # computed before the first rounding is right to a relative `slack`; one and the same, bit for bit, at slack 0.
-    exact: Callable[[Tensors, Problem, float], tuple[torch.Tensor, torch.Tensor]] | None = None
+    # computed before the first rounding is right to a relative `slack`; one and the same, bit for bit, at slack 0. Two
+    # dicts name those of several outputs for which it is promised.
+    exact: Callable[[Tensors, Problem, float], tuple[Outputs, Outputs]] | None = None
     exact_slack: float = 0.0  # what a GPU has to meet; the interpreter's exp differs in its last bits
     peer: Peer | None = None
     # tail(tensors, problem): the last few rows of a problem as a problem of its own, to judge a huge case by.
     tail: Callable[[Tensors, Problem], tuple[Tensors, Problem]] | None = None
     scalars: Mapping[str, float] = field(default_factory=dict)
+    # Integer outputs (codes) are the reference's; by name, the share of elements that may differ by one.
+    integer_slack: Mapping[str, float] = field(default_factory=dict)
+    bound: Literal["memory", "matrix"] = "memory"  # what limits its speed: bytes over bandwidth, or matrix products
+    # Outputs to which no gradient flows, such as a log-sum-exp that is kept for inspection.
+    without_gradient: tuple[str, ...] = ()
+    compiles: bool = True  # an optimiser, say, is no part of a graph
 
     def problem(self, size: str, dtype: torch.dtype, variant: str) -> Problem:
         """The problem of one of `sizes`."""
@@ -164,6 +173,14 @@ class OpSpec:
         return any(i.grad for i in self.inputs(p).values())
 
 
-TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+def named(found: Outputs) -> Tensors:
+    """Results by name; a single one is called "out"."""
+    return {"out": found} if isinstance(found, torch.Tensor) else found
+
+
+TRITON_TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32",
+    torch.int64: "i64",
+}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

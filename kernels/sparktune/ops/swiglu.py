@@ -31,9 +31,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
+from sparktune.ops.fused import Fused
 from sparktune.ops.numerics import cast, exp
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
 
@@ -105,37 +107,35 @@ def _matrices(*tensors: torch.Tensor) -> tuple[int, int, list[torch.Tensor]]:
     return flat[0].shape[0], flat[0].shape[1], flat
 
 
-class _SwiGlu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        if gate.numel():
-            m, n, (g, u) = _matrices(gate, up)
-            c = Config.choose(m * n, DeviceProperties.of(gate.device))
-            dispatch.launch(
-                forward_kernel, m * triton.cdiv(n, c.block), gate, g, u, y, n, g.stride(0), u.stride(0),
-                BLOCK=c.block, num_warps=c.num_warps,
-            )  # fmt: skip
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dispatch.no_double_backward("swiglu")
-        gate, up = ctx.saved_tensors
-        dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        if gate.numel():
-            m, n, (dy, g, u) = _matrices(grads[0], gate, up)
-            c = Config.choose(m * n, DeviceProperties.of(gate.device))
-            dispatch.launch(
-                backward_kernel, m * triton.cdiv(n, c.block), gate, dy, g, u, dgate, dup,
-                n, dy.stride(0), g.stride(0), u.stride(0), BLOCK=c.block, num_warps=c.num_warps,
-            )  # fmt: skip
-        return dgate, dup
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if gate.numel():
+        m, n, (g, u) = _matrices(gate, up)
+        c = Config.choose(m * n, DeviceProperties.of(gate.device))
+        dispatch.launch(
+            forward_kernel, m * triton.cdiv(n, c.block), gate, g, u, y, n, g.stride(0), u.stride(0),
+            BLOCK=c.block, num_warps=c.num_warps,
+        )  # fmt: skip
+    return y
 
 
-@dispatch.eager
+def _backward(dy: Tensor, gate: Tensor, up: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    """(dgate, dup)."""
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if gate.numel():
+        m, n, (d, g, u) = _matrices(dy, gate, up)
+        c = Config.choose(m * n, DeviceProperties.of(gate.device))
+        dispatch.launch(
+            backward_kernel, m * triton.cdiv(n, c.block), gate, d, g, u, dgate, dup,
+            n, d.stride(0), g.stride(0), u.stride(0), BLOCK=c.block, num_warps=c.num_warps,
+        )  # fmt: skip
+    return dgate, dup
+
+
+_OP = Fused("swiglu", _forward, _backward, reference=reference, grads=("gate", "up"))
+
+
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, elementwise: two [..., N] -> [..., N]. Differentiable once, in both.
 
@@ -146,9 +146,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"swiglu: gate and up must have one shape, got {list(gate.shape)} and {list(up.shape)}")
     if gate.dtype != up.dtype or gate.dtype not in FLOATS:
         raise ValueError(f"swiglu: gate and up must both be fp32, bf16 or fp16, got {gate.dtype} and {up.dtype}")
-    way = dispatch.route("swiglu", gate, up)
-    y = reference(gate, up) if way == "reference" else _SwiGlu.apply(gate, up)
-    dispatch.record("swiglu", way)
+    y: Tensor = _OP(gate, up)
     return y
 
 
@@ -262,13 +260,10 @@ dgate-over-gate: dgate written over the saved gate
 + dgate = gate.detach() if gate.is_contiguous() else torch.empty_like(gate)
 dup-over-dy: dup written over the caller's output gradient
 - dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-+ dup = grads[0] if grads[0].is_contiguous() else torch.empty_like(up)
++ dup = dy if dy.is_contiguous() else torch.empty_like(up)
 silent-fallback: the reference run in place of the kernel
-- if way == "reference" else
-+ if True else
-second-derivative: a wrong second derivative given without a word
-- dispatch.no_double_backward("swiglu")
-+ pass
+- y: Tensor = _OP(gate, up)
++ y: Tensor = reference(gate, up)
 """
 )
 
