@@ -84,7 +84,9 @@ def test_autocast_changes_nothing(device):
 def test_compiled_code_calls_the_op_and_counts_every_call(device):
     a, b = tensors(device, 3, 40)
     w = torch.rand(40, device=device)
-    layer = torch.compile(lambda x, y: rms_norm.rms_norm(swiglu.swiglu(x * 2, y), w) + 1, fullgraph=True, backend="aot_eager")
+    layer = torch.compile(
+        lambda x, y: rms_norm.rms_norm(swiglu.swiglu(x * 2, y), w) + 1, fullgraph=True, backend="aot_eager"
+    )
     dispatch.reset()
     for _ in range(3):
         y = layer(a, b)

@@ -75,7 +75,10 @@ def compile_all(
     for op in ops or ():
         if op not in known:
             raise UserError(f"There is no op called '{op}'.", f"Known: {', '.join(known)}.")
-    jobs = [(op, arch, ",".join(dtypes or ())) for op in (ops or known) for arch in archs]
+    wanted = list(ops or known)
+    # A process imports torch and Triton for seconds before it compiles, so it takes all targets unless it is alone.
+    groups = [",".join(archs)] if len(wanted) > 1 else list(archs)
+    jobs = [(op, group, ",".join(dtypes or ())) for op in wanted for group in groups]
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         rows = [
             row
@@ -184,28 +187,26 @@ def _since(start: float) -> float:
 
 
 def _in_process(
-    op: str, arch: str, dtypes: str, *, progress: Callable[[str], None], timeout_s: float
+    op: str, archs: str, dtypes: str, *, progress: Callable[[str], None], timeout_s: float
 ) -> list[dict[str, Any]]:
-    progress(f"compiling {op} for {arch}")
+    progress(f"compiling {op} for {archs.replace(',', ', ')}")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "sparkproof.judge.aot", op, arch, dtypes]
+    command = [sys.executable, "-W", "ignore", "-m", "sparkproof.judge.aot", op, archs, dtypes]
     done = subprocess.run(
         command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout_s
     )
     if done.returncode != 0:
-        raise RuntimeError(f"{op} could not be compiled for {arch}:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{op} could not be compiled for {archs}:\n{done.stderr[-4000:]}")
     rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return rows
 
 
-def _main(op: str, arch: str, dtypes: str) -> None:
+def _main(op: str, archs: str, dtypes: str) -> None:
     spec = discover()[op]
     module = sys.modules[f"sparktune.ops.{op}"]
-    print(
-        json.dumps(
-            [asdict(r) for r in compile_op(spec, TARGETS[arch], vars(module), [d for d in dtypes.split(",") if d])]
-        )
-    )
+    wanted = [d for d in dtypes.split(",") if d]
+    rows = [r for arch in archs.split(",") for r in compile_op(spec, TARGETS[arch], vars(module), wanted)]
+    print(json.dumps([asdict(r) for r in rows]))
 
 
 if __name__ == "__main__":
