@@ -197,6 +197,10 @@ def expand(data: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
         if model and (key not in model.model_fields or key in ("kind", "matrix")):
             known = [k for k in model.model_fields if k not in ("kind", "matrix")]
             raise ValueError(f"'{key}' is not a field of kind {data['kind']}. {nearest(key, known)}")
+    if matrix.get("op") == ["all"] and model is KINDS["kernel"]:
+        from sparktune.ops import op_names
+
+        matrix = {**matrix, "op": op_names()}
     for values in itertools.product(*matrix.values()):
         chosen = dict(zip(matrix, values, strict=True))
         suffix = f"[{','.join(f'{k}={_short(v)}' for k, v in chosen.items())}]" if chosen else ""

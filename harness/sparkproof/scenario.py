@@ -82,7 +82,9 @@ class KernelScenario(ScenarioBase):
     """One op of sparktune, proven against its reference."""
 
     kind: Literal["kernel"]
-    op: str = Field(description="Name of the op: a file of kernels/sparktune/ops/.")
+    op: str = Field(
+        description="Name of the op: a file of kernels/sparktune/ops/. In a matrix, [all] stands for every op there is."
+    )
     task: Literal["correctness", "mutants", "compile", "speed"] = Field(
         default="correctness",
         description="correctness: against the oracle; mutants: every planted fault must be caught; "
@@ -93,6 +95,9 @@ class KernelScenario(ScenarioBase):
     arch: list[str] = Field(default_factory=lambda: ["sm_121"], description="Targets of the compile task.")
     min_copy_fraction: float = Field(
         default=0.0, ge=0, le=1, description="speed: lowest fraction of this device's measured copy bandwidth, 0 to 1."
+    )
+    min_matrix_fraction: float = Field(
+        default=0.0, ge=0, le=1, description="speed: lowest fraction of this device's measured matrix rate, 0 to 1."
     )
 
     @property

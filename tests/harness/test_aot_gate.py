@@ -90,7 +90,7 @@ def test_every_limit_has_its_sentence():
 def test_an_interpreting_process_refuses_to_compile():
     code = (
         "from sparkproof.judge.aot import compile_op\nfrom sparkproof.judge.targets import TARGETS\n"
-        "from sparktune.ops import discover\ncompile_op(discover()['swiglu'], TARGETS['sm_121'], {})"
+        "from sparktune.ops import load_op\ncompile_op(load_op('swiglu'), TARGETS['sm_121'], {})"
     )
     done = child(code, TRITON_INTERPRET="1")
     assert done.returncode != 0 and "separate processes" in done.stderr
@@ -101,9 +101,9 @@ def test_all_configurations_of_an_op_are_compiled(arch, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # inherited, it must not reach the compiler
     document = aot.compile_all([arch], ["swiglu"], dtypes=["bf16"])
     assert document["schema"] == "sparkproof/compile-kernels/1" and document["passed"]
-    from sparktune.ops import discover
+    from sparktune.ops import load_op
 
-    wanted = [x for x in discover()["swiglu"].launches(TARGETS[arch].device) if x.dtype == "bf16"]
+    wanted = [x for x in load_op("swiglu").launches(TARGETS[arch].device) if x.dtype == "bf16"]
     assert [r["configuration"] for r in document["configurations"]] == [x.when for x in wanted]
     assert {r["arch"] for r in document["configurations"]} == {arch}
     json.dumps(document)

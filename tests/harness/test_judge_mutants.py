@@ -9,13 +9,13 @@ import pytest
 from sparkproof.errors import UserError
 from sparkproof.judge import mutants, selftest
 from sparkproof.judge.mutants import MutantError
-from sparktune.ops import discover, op_names
+from sparktune.ops import load_op, op_names
 from sparktune.ops.spec import Mutant
 
 
 @pytest.mark.parametrize("op", op_names())
 def test_every_mutant_applies_and_its_file_still_parses(op):
-    spec = discover()[op]
+    spec = load_op(op)
     source = mutants.source_of(spec)
     for m in spec.mutants:
         compile(mutants.apply(source, m, op), m.id, "exec")
@@ -30,7 +30,7 @@ def test_every_mutant_applies_and_its_file_still_parses(op):
     ],
 )
 def test_a_stale_or_ambiguous_mutant_is_an_error(old, new, match):
-    source = mutants.source_of(discover()["swiglu"])
+    source = mutants.source_of(load_op("swiglu"))
     with pytest.raises(MutantError, match=match):
         mutants.apply(source, Mutant("m", "d", old, new), "swiglu")
 
@@ -65,9 +65,9 @@ PLANT = """
 import dataclasses, json, torch
 from sparkproof.judge import mutants, selftest
 from sparkproof.judge.mutants import MutantError
-from sparktune.ops import discover
+from sparktune.ops import load_op
 from sparktune.ops.spec import Mutant
-spec = discover()["swiglu"]
+spec = load_op("swiglu")
 import sparkproof.judge.correctness as judge
 judge.FAMILIES = judge.FAMILIES[:2]
 few = {k: v for k, v in spec.sizes.items() if k in ("typical",)}
@@ -109,7 +109,7 @@ judge._Trial.compare = lambda self, *a, **k: None
 judge.promises.laws = lambda *a: None
 judge._Trial.users = lambda self, *a: None
 spec = dataclasses.replace(spec, sizes=few, exact=None, mutants=spec.mutants[:3])
-selftest.discover = lambda: {"swiglu": spec}
+selftest.load_op = lambda name: spec
 print(json.dumps(selftest.one("swiglu")))
 """
     )
@@ -122,7 +122,7 @@ def test_the_document_of_a_whole_op():
     assert document["passed"] and document["killed"] == document["total"] >= 8
     (row,) = document["ops"]
     assert row["op"] == "swiglu" and not row["survivors"] and not row["error"]
-    assert {m["id"] for m in row["mutants"]} == {m.id for m in discover()["swiglu"].mutants}
+    assert {m["id"] for m in row["mutants"]} == {m.id for m in load_op("swiglu").mutants}
     assert all(m["by"] for m in row["mutants"])
     json.dumps(document)
 

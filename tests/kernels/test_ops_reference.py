@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from sparktune.ops import discover, dispatch, nf4, op_names, rms_norm, swiglu
+from sparktune.ops import dispatch, load_op, nf4, op_names, rms_norm, swiglu
 from sparktune.ops.device import INTERPRETER, SPARK, DeviceProperties
 from sparktune.ops.spec import Mutant
 
@@ -74,7 +74,7 @@ BYTES, ONE = torch.zeros(32, dtype=torch.uint8), torch.ones(1)
 
 @pytest.mark.parametrize("op", op_names())
 def test_every_launch_names_its_kernels_arguments(op):
-    spec = discover()[op]
+    spec = load_op(op)
     module = sys.modules[f"sparktune.ops.{op}"]
     launches = spec.launches(SPARK)
     assert launches
@@ -101,7 +101,7 @@ def test_every_width_gets_a_configuration_that_the_gate_compiled(props, n):
 
 @pytest.mark.parametrize("op", op_names())
 def test_mutants_are_many_and_told_apart(op):
-    mutants = discover()[op].mutants
+    mutants = load_op(op).mutants
     assert len(mutants) >= 8 and len({m.id for m in mutants}) == len(mutants)
 
 

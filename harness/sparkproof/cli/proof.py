@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _known_ops(ops: list[str]) -> list[str] | None:
-    from sparktune.ops.spec import op_names
+    from sparktune.ops import op_names
 
     from sparkproof.catalog import nearest
 

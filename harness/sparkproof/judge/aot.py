@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from sparktune.ops import discover
+from sparktune.ops import load_op, op_names
 from sparktune.ops.spec import Launch, OpSpec
 
 from sparkproof.errors import UserError
@@ -71,7 +71,7 @@ def compile_all(
     for arch in archs:
         if arch not in TARGETS:
             raise UserError(f"Unknown architecture '{arch}'.", f"Known: {', '.join(TARGETS)}.")
-    known = discover()
+    known = op_names()
     for op in ops or ():
         if op not in known:
             raise UserError(f"There is no op called '{op}'.", f"Known: {', '.join(known)}.")
@@ -201,9 +201,9 @@ def _in_process(
     return rows
 
 
-def _main(op: str, archs: str, dtypes: str) -> None:
-    spec = discover()[op]
-    module = sys.modules[f"sparktune.ops.{op}"]
+def _main(name: str, archs: str, dtypes: str) -> None:
+    spec = load_op(name)
+    module = sys.modules[f"sparktune.ops.{name}"]
     wanted = [d for d in dtypes.split(",") if d]
     rows = [r for arch in archs.split(",") for r in compile_op(spec, TARGETS[arch], vars(module), wanted)]
     print(json.dumps([asdict(r) for r in rows]))

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-from sparktune.ops import discover, dispatch
+from sparktune.ops import dispatch, load_op, op_names
 from sparktune.ops.spec import OpSpec
 
 from sparkproof.errors import UserError
@@ -31,11 +31,11 @@ INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THR
 
 def chosen(ops: Sequence[str] | None) -> dict[str, OpSpec]:
     """The named ops, or all. Errors: UserError with the known names."""
-    known = discover()
+    known = op_names()
     for name in ops or ():
         if name not in known:
             raise UserError(f"There is no op called '{name}'.", f"Known: {', '.join(known)}.")
-    return {name: known[name] for name in (ops or known)}
+    return {name: load_op(name) for name in (ops or known)}
 
 
 def kernels(ops: Sequence[str] | None = None, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def one(name: str) -> dict[str, Any]:
     """One op's row, made in this process, which must have begun with TRITON_INTERPRET=1. Errors: RuntimeError otherwise."""
     if not dispatch.INTERPRETED:
         raise RuntimeError("mutants are tried in Triton's interpreter: start the process with TRITON_INTERPRET=1")
-    spec, start, error, trials = discover()[name], time.perf_counter(), unable(), []
+    spec, start, error, trials = load_op(name), time.perf_counter(), unable(), []
     try:
         trials = [] if error else try_mutants(spec)
     except MutantError as e:

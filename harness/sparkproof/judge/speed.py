@@ -33,11 +33,12 @@ def measure(spec: OpSpec, dtype: torch.dtype, variant: str, progress: Callable[[
     properties = DeviceProperties.of(device)
     p = spec.problem("speed", dtype, variant)
     before = copy_bandwidth(properties)
+    matrix = matrix_rate(dtype) if spec.bound == "matrix" else []
     sets = _sets(spec, p, device, properties)
     passes = {}
     for which in ("forward", "backward") if spec.has_backward else ("forward",):
         progress(f"{spec.name} {which}")
-        passes[which] = _one_pass(spec, p, sets, which, before)  # type: ignore[arg-type]
+        passes[which] = _one_pass(spec, p, sets, which, before, matrix)  # type: ignore[arg-type]
     after = copy_bandwidth(properties)
     drift = statistics.median(after) / statistics.median(before) - 1
     return {
@@ -47,7 +48,17 @@ def measure(spec: OpSpec, dtype: torch.dtype, variant: str, progress: Callable[[
         "trusted": abs(drift) <= CANARY_BAND,
         "input_sets": len(sets),
         "passes": passes,
+        "bound": spec.bound,
     }
+
+
+def matrix_rate(dtype: torch.dtype) -> list[float]:
+    """TFLOP/s of a large square matrix product, one value a sample."""
+    n = 8192 if dtype.itemsize == 2 else 4096
+    a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    calls = _calls(lambda i: torch.mm(a, b, out=out))
+    return [2 * n**3 / ms / 1e9 for ms in (_time(lambda i: torch.mm(a, b, out=out), calls) for _ in range(SAMPLES))]
 
 
 def copy_bandwidth(p: DeviceProperties) -> list[float]:
@@ -77,7 +88,9 @@ def _sets(spec: OpSpec, p: Problem, device: torch.device, properties: DeviceProp
     return found
 
 
-def _one_pass(spec: OpSpec, p: Problem, sets: list[Tensors], which: Pass, copy: list[float]) -> dict[str, Any]:
+def _one_pass(
+    spec: OpSpec, p: Problem, sets: list[Tensors], which: Pass, copy: list[float], matrix: list[float]
+) -> dict[str, Any]:
     engines: dict[str, Callable[[Tensors], Outputs]] = {
         "sparktune": lambda t: spec.call(t, p),
         "plain PyTorch": lambda t: spec.reference(t, p, None),
@@ -103,7 +116,10 @@ def _one_pass(spec: OpSpec, p: Problem, sets: list[Tensors], which: Pass, copy: 
     moved = spec.bytes_moved(p, which)
     ours = stats.median(samples["sparktune"])
     bandwidth = [moved / ms / 1e6 for ms in samples["sparktune"]]
+    rates = [spec.flops(p, which) / ms / 1e9 for ms in samples["sparktune"]]
     return {
+        "tflop_s": asdict(stats.median(rates)) | {"samples": rates},
+        "matrix_fraction": asdict(stats.ratio(rates, matrix)) if matrix else None,
         "bytes": moved,
         "flops": spec.flops(p, which),
         "ms": {name: asdict(stats.median(s)) | {"samples": s} for name, s in samples.items()},

@@ -26,10 +26,10 @@ def main(payload: dict[str, Any]) -> dict[str, Any]:
 
         return selftest.one(payload["op"])
     with under_test("importing sparktune"):
-        from sparktune.ops import discover, dispatch
+        from sparktune.ops import dispatch, load_op
         from sparktune.ops.spec import DTYPES
 
-        spec = discover()[payload["op"]]
+        spec = load_op(payload["op"])
     dtype = DTYPES[payload["dtype"]]
     variants = [payload["variant"]] if payload["variant"] else list(spec.variants)
     if task == "correctness":

@@ -48,6 +48,29 @@ def judge_speed(scenario: KernelScenario, result: CaseResult, d: dict[str, Any])
                     detail=f"{bandwidth['value']:.0f} GB/s; 95% interval {fraction['low']:.3f} to {fraction['high']:.3f}.",
                 )
             )
+        if scenario.min_matrix_fraction and p["matrix_fraction"]:
+            rate, of = p["matrix_fraction"], p["tflop_s"]["value"]
+            result.assertions.append(
+                Assertion(
+                    name=f"{which} reaches its share of the matrix rate",
+                    about="speed",
+                    passed=rate["high"] >= scenario.min_matrix_fraction,
+                    value=round(rate["value"], 3),
+                    bound=f">= {scenario.min_matrix_fraction}",
+                    detail=f"{of:.0f} TFLOP/s; 95% interval {rate['low']:.3f} to {rate['high']:.3f}.",
+                )
+            )
+            result.measurements.append(
+                Measurement(
+                    name=f"{which} share of the matrix rate",
+                    value=100 * rate["value"],
+                    unit="%",
+                    higher_is_better=True,
+                    low=100 * rate["low"],
+                    high=100 * rate["high"],
+                    conditions=steady,
+                )
+            )
         plain = p["speedup"]["plain PyTorch"]
         result.assertions.append(
             Assertion(

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 
-from sparktune.ops import op_names as op_names
 from sparktune.ops.device import DeviceProperties
 
 Tensors = dict[str, torch.Tensor]
