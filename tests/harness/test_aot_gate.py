@@ -54,7 +54,7 @@ def test_a_tile_that_fits_passes_with_its_numbers(planted):
     assert 0 < row["registers"] <= 255 and row["spills"] == 0
 
 
-def test_too_much_shared_memory_fails_though_it_compiles(planted):
+def test_case_22_too_much_shared_memory_fails_though_it_compiles(planted):
     row = planted["big"]
     assert not row["passed"] and row["shared_bytes"] > 101376
     assert "shared memory" in row["reason"]

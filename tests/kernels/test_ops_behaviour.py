@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sparktune.ops import dispatch, nf4, rms_norm, swiglu
+from sparktune.ops import dequantize_4bit, dispatch, rms_norm, swiglu
 
 pytestmark = pytest.mark.kernels(together=True)
 
@@ -98,15 +98,15 @@ def test_compiled_code_calls_the_op_and_counts_every_call(device):
 
 
 @pytest.mark.parametrize("compress", [False, True])
-@pytest.mark.parametrize("blocksize", nf4.BLOCKSIZES)
+@pytest.mark.parametrize("blocksize", dequantize_4bit.BLOCKSIZES)
 def test_what_bitsandbytes_quantised_comes_back_with_its_bits(device, compress, blocksize):
     bnb = pytest.importorskip("bitsandbytes.functional")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight = torch.randn(96, 192, generator=torch.Generator().manual_seed(3)).to(device, dtype)
         packed, state = bnb.quantize_4bit(weight, blocksize=blocksize, quant_type="nf4", compress_statistics=compress)
         want = bnb.dequantize_4bit(packed, state)
-        assert torch.equal(nf4.dequantize_4bit(packed, state), want)
-        assert torch.equal(nf4.dequantize_4bit(packed.t(), state), bnb.dequantize_4bit(packed.t(), state))
+        assert torch.equal(dequantize_4bit.from_state(packed, state), want)
+        assert torch.equal(dequantize_4bit.from_state(packed.t(), state), bnb.dequantize_4bit(packed.t(), state))
 
 
 def test_an_unlaunchable_kernel_raises_instead_of_falling_back(device, monkeypatch):

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from sparktune.ops import dispatch, load_op, nf4, op_names, rms_norm, swiglu
+from sparktune.ops import dequantize_4bit, dispatch, load_op, op_names, rms_norm, swiglu
 from sparktune.ops.device import INTERPRETER, SPARK, DeviceProperties
 from sparktune.ops.spec import Mutant
 
 
 def test_ops_are_found_by_scanning():
-    assert op_names() == ["nf4", "rms_norm", "swiglu"]
+    assert {"dequantize_4bit", "rms_norm", "swiglu"} <= set(op_names())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -30,9 +30,10 @@ def test_llama_and_gemma_references_are_transformers(dtype):
 
 def test_the_table_is_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
-    ours = torch.tensor(nf4.NF4)
+    ours = torch.tensor(dequantize_4bit.NF4)
     assert torch.equal(ours, functional.get_4bit_type("nf4", device="cpu"))
-    assert list(nf4.NF4) == sorted(nf4.NF4) and nf4.NF4[7] == 0
+    assert torch.equal(torch.tensor(dequantize_4bit.FP4), functional.get_4bit_type("fp4", device="cpu"))
+    assert list(dequantize_4bit.NF4) == sorted(dequantize_4bit.NF4) and dequantize_4bit.NF4[7] == 0
 
 
 def test_without_gpu_or_interpreter_the_reference_runs_and_is_counted():
@@ -57,11 +58,20 @@ def test_without_gpu_or_interpreter_the_reference_runs_and_is_counted():
         (lambda: rms_norm.rms_norm(torch.ones(2, 4), torch.ones(4, device="meta")), "on one device"),
         (lambda: swiglu.swiglu(torch.ones(2, 4), torch.ones(2, 5)), "one shape"),
         (lambda: swiglu.swiglu(torch.ones(2, 4), torch.ones(2, 4).bfloat16()), "both be"),
-        (lambda: nf4.dequantize_nf4(BYTES, ONE, 48, (4, 16), torch.float32), "blocksize must be one of 32"),
-        (lambda: nf4.dequantize_nf4(BYTES, ONE, 64, (4, 17), torch.float32), "needs 34 bytes of codes and 2 scales"),
-        (lambda: nf4.dequantize_nf4(BYTES, ONE, 64, (4, 16), torch.float64), "dtype must be"),
-        (lambda: nf4.dequantize_nf4(BYTES, ONE.half(), 64, (4, 16), torch.float32), "flat scales must be"),
-        (lambda: nf4.dequantize_nf4(BYTES, ONE.requires_grad_(), 64, (4, 16), torch.float32), "no gradient"),
+        (
+            lambda: dequantize_4bit.dequantize_4bit(BYTES, ONE, 48, (4, 16), torch.float32),
+            "blocksize must be one of 32",
+        ),
+        (
+            lambda: dequantize_4bit.dequantize_4bit(BYTES, ONE, 64, (4, 17), torch.float32),
+            "needs 34 bytes of codes and 2 scales",
+        ),
+        (lambda: dequantize_4bit.dequantize_4bit(BYTES, ONE, 64, (4, 16), torch.float64), "dtype must be"),
+        (lambda: dequantize_4bit.dequantize_4bit(BYTES, ONE.half(), 64, (4, 16), torch.float32), "flat scales must be"),
+        (
+            lambda: dequantize_4bit.dequantize_4bit(BYTES, ONE.requires_grad_(), 64, (4, 16), torch.float32),
+            "no gradient",
+        ),
     ],
 )
 def test_wrong_arguments_get_a_sentence(call, match):

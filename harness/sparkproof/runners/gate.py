@@ -16,7 +16,7 @@ from sparkproof.results import Assertion
 from sparkproof.scenario import TrainScenario
 
 BF16_FLOOR = 1e-3  # relative L2, added to twice the reference's own error
-KERNELS = ("rms_norm", "swiglu", "nf4")
+KERNELS = ("rms_norm", "swiglu", "dequantize_4bit")
 
 
 @dataclass
@@ -284,7 +284,7 @@ def kernels(s: TrainScenario, seen: Evidence) -> list[Assertion]:
     wanted = "triton" if seen.run["ran"]["mode"] == "gpu" else "reference"
     found = []
     for op in KERNELS:
-        if op == "nf4" and not s.load_in_4bit:
+        if op == "dequantize_4bit" and not s.load_in_4bit:
             continue
         counts = marks.get(op, {})
         other = sum(n for way, n in counts.items() if way != wanted)

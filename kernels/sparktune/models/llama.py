@@ -5,7 +5,7 @@ module                 op                       computes
 =====================  =======================  ===================================================================
 LlamaRMSNorm           rms_norm (llama order)   y = w * cast(x / sqrt(mean(x^2) + eps)), rounded before the weight
 LlamaMLP               swiglu                   down(silu(gate(x)) * up(x)); the three projections stay modules
-bitsandbytes Linear4bit  nf4                    y = x dequant(W)^T + b, and dx = dy dequant(W)
+bitsandbytes Linear4bit  dequantize_4bit        y = x dequant(W)^T + b, and dx = dy dequant(W)
 =====================  =======================  ===================================================================
 
 The projections stay modules because PEFT puts its LoRA layers in their place. Attention, RoPE, embedding, lm_head and
@@ -56,5 +56,5 @@ def _refuse_mlp(module: Any) -> str:
 RULES = (
     Rule("rms_norm", LlamaRMSNorm, SparkLlamaRMSNorm, _refuse_norm),
     Rule("swiglu", LlamaMLP, SparkLlamaMLP, _refuse_mlp),
-    Rule("nf4", bnb.nn.Linear4bit, Nf4Linear, refuse_linear),
+    Rule("dequantize_4bit", bnb.nn.Linear4bit, Nf4Linear, refuse_linear),
 )

@@ -7,10 +7,8 @@ Triton's interpreter when the process was started with TRITON_INTERPRET=1, and t
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable
-from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
+from typing import Any, Literal, NoReturn
 
 import torch
 import triton
@@ -20,8 +18,6 @@ Way = Literal["triton", "interpreter", "reference"]
 WAYS: tuple[Way, ...] = ("triton", "interpreter", "reference")
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # decided when kernels are decorated, so fixed for the process
 
-P = ParamSpec("P")
-R = TypeVar("R")
 _lock = threading.Lock()
 _counts: dict[str, dict[Way, int]] = {}
 _launches: dict[str, int] = {}
@@ -126,19 +122,3 @@ def _refuse_double_backward(op: str) -> NoReturn:
         f"{op} has no second derivative: its backward is a fused kernel. Drop create_graph=True, or call "
         f"sparktune.ops.{op}.reference, which plain autograd differentiates as often as you like."
     )
-
-
-def eager(function: Callable[P, R]) -> Callable[P, R]:
-    """Keep torch.compile out of `function`: it runs as it is, between the compiled parts, and its calls are counted.
-
-    What `torch.compiler.disable` does, but that imports all of Dynamo (seconds) for everyone who never compiles; this does
-    so only once something is being compiled.
-    """
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return wrapper

@@ -121,7 +121,7 @@ class Peer:
 
     name: str
     package: str
-    call: Callable[[Tensors, Problem], torch.Tensor]
+    call: Callable[[Tensors, Problem], Outputs]  # of several outputs, those to compare; none where it has no say
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ class OpSpec:
     # Outputs to which no gradient flows, such as a log-sum-exp that is kept for inspection.
     without_gradient: tuple[str, ...] = ()
     compiles: bool = True  # an optimiser, say, is no part of a graph
+    inside_ops: tuple[str, ...] = ()  # variants for use inside other ops, which never stand in a graph themselves
 
     def problem(self, size: str, dtype: torch.dtype, variant: str) -> Problem:
         """The problem of one of `sizes`."""

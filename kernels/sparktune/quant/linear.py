@@ -1,4 +1,4 @@
-"""A 4-bit linear layer whose weight is dequantised by `sparktune.ops.nf4`, forward and backward.
+"""A 4-bit linear layer whose weight is dequantised by `sparktune.ops.dequantize_4bit`, forward and backward.
 
     y  = x W^T + b      x [..., in], W [out, in] = dequant(packed), y [..., out]
     dx = dy W           W dequantised again: keeping it would cost 2 bytes a weight for every layer
@@ -18,7 +18,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch.autograd.function import once_differentiable
 
-from sparktune.ops.nf4 import Nested, dequantize_nf4
+from sparktune.ops.dequantize_4bit import Nested, dequantize_4bit
 
 
 class Nf4MatMul(torch.autograd.Function):
@@ -48,7 +48,9 @@ def dequantize(packed: torch.Tensor, state: QuantState, dtype: torch.dtype) -> t
     if state.nested:
         outer = state.state2
         nested = Nested(outer.absmax, outer.code, state.offset, outer.blocksize)
-    out: torch.Tensor = dequantize_nf4(packed, state.absmax, state.blocksize, tuple(state.shape), dtype, nested)
+    out: torch.Tensor = dequantize_4bit(
+        packed, state.absmax, state.blocksize, tuple(state.shape), dtype, nested, state.quant_type
+    )
     return out
 
 
