@@ -98,7 +98,8 @@ def compiled(spec: OpSpec, tested: OpSpec, j: Judgement, p: Problem, device: tor
     def flat(*tensors: torch.Tensor) -> Tensors:
         return dict(named(tested.call(dict(zip(names, tensors, strict=True)), p)))
 
-    eager = flat(*inputs.values())
+    with j.tested("call"):
+        eager = flat(*inputs.values())
     torch._dynamo.reset()
     with j.tested("torch.compile"):
         out = torch.compile(flat, fullgraph=True, backend="aot_eager")(*inputs.values())
