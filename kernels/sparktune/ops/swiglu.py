@@ -15,8 +15,8 @@ Backward, in fp32 throughout, rounded once at the end:
 
 Nothing intermediate is rounded, so in fp16 the product dy up cannot overflow on its way to a finite gradient.
 
-Shapes: gate and up [..., N] of one dtype, fp32, bf16 or fp16 -> y [..., N]; both may be halves of one merged [...,
-2N] tensor, which are read in place. Saved: gate and up.
+Shapes: gate and up [..., N] of one dtype, fp32, bf16 or fp16, or both merged in one [..., 2N], gate first -> y [..., N].
+Strides are free; y and a merged gradient may have room (see glu.py). Saved: what came in.
 
 Bytes: forward reads two and writes one, backward reads three and writes two: 8 M N elements in all.
 
@@ -25,186 +25,103 @@ Source: Shazeer, "GLU Variants Improve Transformer", 2020.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparktune.ops import dispatch
-from sparktune.ops.device import DeviceProperties
+from sparktune.ops import glu
 from sparktune.ops.fused import Fused
+from sparktune.ops.glu import load, place, store
 from sparktune.ops.numerics import cast, exp
-from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
+from sparktune.ops.spec import FLOATS, Mutant, OpSpec, Problem, Tensors
 
 
-def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Plain PyTorch, in the same rounding order; the oracle is this on float64 tensors."""
+def reference(gate: Tensor, up: Tensor | None = None, room: int = 0, grad_room: int = 0) -> Tensor:
+    """Plain PyTorch, in the same rounding order; the oracle is this on float64 tensors. Room changes no values."""
+    if up is None:
+        gate, up = glu.halves(gate)
     return torch.nn.functional.silu(gate) * up
 
 
 @triton.jit
-def _place(n, BLOCK: tl.constexpr):
-    """This program's row and columns, in 64 bits: both may pass 2**31."""
-    blocks = (n + BLOCK - 1) // BLOCK
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    cols = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    return row, cols
-
-
-@triton.jit
-def forward_kernel(gate_ptr, up_ptr, y_ptr, n, gate_stride, up_stride, BLOCK: tl.constexpr):
+def forward_kernel(gate_ptr, up_ptr, y_ptr, n, gate_stride, up_stride, y_stride, BLOCK: tl.constexpr):
     """One block of one row a program."""
-    row, cols = _place(n, BLOCK)
-    mask = cols < n
-    gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    row, cols, mask = place(tl.program_id(0).to(tl.int64), n, BLOCK)
+    gate = load(gate_ptr, row, gate_stride, cols, mask)
+    up = load(up_ptr, row, up_stride, cols, mask)
     h = cast(tl.math.div_rn(gate, 1.0 + exp(-gate)), y_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(y_ptr + row * n + cols, cast(h * up, y_ptr.dtype.element_ty), mask=mask)
+    store(y_ptr, row, y_stride, cols, mask, h * up)
 
 
 @triton.jit
 def backward_kernel(
-    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, dy_stride, gate_stride, up_stride, BLOCK: tl.constexpr
-):
-    """One block of one row a program: both gradients, contiguous."""
-    row, cols = _place(n, BLOCK)
-    mask = cols < n
-    dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, dy_stride, gate_stride, up_stride, dgate_stride, dup_stride,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of one row a program: both gradients."""
+    row, cols, mask = place(tl.program_id(0).to(tl.int64), n, BLOCK)
+    dy = load(dy_ptr, row, dy_stride, cols, mask)
+    gate = load(gate_ptr, row, gate_stride, cols, mask)
+    up = load(up_ptr, row, up_stride, cols, mask)
     s = tl.math.div_rn(1.0, 1.0 + exp(-gate))
     dup = dy * gate * s
     dgate = dy * up * s * (1.0 + gate * (1.0 - s))
-    tl.store(dup_ptr + row * n + cols, cast(dup, dup_ptr.dtype.element_ty), mask=mask)
-    tl.store(dgate_ptr + row * n + cols, cast(dgate, dgate_ptr.dtype.element_ty), mask=mask)
+    store(dup_ptr, row, dup_stride, cols, mask, dup)
+    store(dgate_ptr, row, dgate_stride, cols, mask, dgate)
 
 
-@dataclass(frozen=True)
-class Config:
-    """How one pass is launched."""
-
-    block: int
-    num_warps: int
-
-    SIZES = ((256, 2), (1024, 4))  # 8 values a thread: 16 bytes a load in 16 bits
-
-    @classmethod
-    def choose(cls, elements: int, p: DeviceProperties) -> Config:
-        """Big blocks once these fill every SM twice over; small ones spread little work wider."""
-        big = cls.SIZES[1]
-        return cls(*(big if elements >= 2 * p.sm_count * big[0] else cls.SIZES[0]))
-
-
-def _matrices(*tensors: torch.Tensor) -> tuple[int, int, list[torch.Tensor]]:
-    """(rows, columns, views): one long row where all are contiguous, else rows with unit stride along the last."""
-    if all(t.is_contiguous() for t in tensors):
-        return 1, tensors[0].numel(), [t.reshape(1, -1) for t in tensors]
-    flat = [dispatch.rows(t) for t in tensors]
-    return flat[0].shape[0], flat[0].shape[1], flat
-
-
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if gate.numel():
-        m, n, (g, u) = _matrices(gate, up)
-        c = Config.choose(m * n, DeviceProperties.of(gate.device))
-        dispatch.launch(
-            forward_kernel, m * triton.cdiv(n, c.block), gate, g, u, y, n, g.stride(0), u.stride(0),
-            BLOCK=c.block, num_warps=c.num_warps,
-        )  # fmt: skip
+def _forward(gate: Tensor, up: Tensor | None, room: int, grad_room: int) -> Tensor:
+    e, u = glu.halves(gate) if up is None else (gate, up)
+    y = glu.roomy(e.shape, room, e)
+    glu.launch(forward_kernel, (e, u, y))
     return y
 
 
-def _backward(dy: Tensor, gate: Tensor, up: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    """(dgate, dup)."""
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if gate.numel():
-        m, n, (d, g, u) = _matrices(dy, gate, up)
-        c = Config.choose(m * n, DeviceProperties.of(gate.device))
-        dispatch.launch(
-            backward_kernel, m * triton.cdiv(n, c.block), gate, d, g, u, dgate, dup,
-            n, d.stride(0), g.stride(0), u.stride(0), BLOCK=c.block, num_warps=c.num_warps,
-        )  # fmt: skip
-    return dgate, dup
+def _backward(
+    dy: Tensor, gate: Tensor, up: Tensor | None, room: int, grad_room: int, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """(dgate, dup), or the merged gradient and nothing."""
+    if up is None:
+        both = glu.roomy(gate.shape, grad_room, gate)
+        (e, u), (dgate, dup) = glu.halves(gate), glu.halves(both)
+        found = both, torch.empty(0, dtype=gate.dtype, device=gate.device)
+    else:
+        e, u = gate, up
+        dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        found = dgate, dup
+    glu.launch(backward_kernel, (dy, e, u, dgate, dup))
+    return found
 
 
 _OP = Fused("swiglu", _forward, _backward, reference=reference, grads=("gate", "up"))
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, elementwise: two [..., N] -> [..., N]. Differentiable once, in both.
+def swiglu(gate: Tensor, up: Tensor | None = None, *, room: int = 0, grad_room: int = 0) -> Tensor:
+    """silu(gate) * up, elementwise: two [..., N] -> [..., N]; or one merged [..., 2N], with no `up`. Differentiable once.
 
-    Strides are free; an output gradient with stride 0 too. Errors: ValueError for unlike shapes or dtypes, a dtype
-    other than fp32, bf16, fp16, or tensors on different devices.
+    y has row stride N + room, a merged gradient 2N + grad_room. Strides of what comes in are free, an output gradient
+    with stride 0 too. Errors: ValueError for unlike shapes or dtypes, an odd merged width, negative room, a dtype other
+    than fp32, bf16, fp16, or tensors on different devices.
     """
-    if gate.shape != up.shape:
-        raise ValueError(f"swiglu: gate and up must have one shape, got {list(gate.shape)} and {list(up.shape)}")
-    if gate.dtype != up.dtype or gate.dtype not in FLOATS:
-        raise ValueError(f"swiglu: gate and up must both be fp32, bf16 or fp16, got {gate.dtype} and {up.dtype}")
-    y: Tensor = _OP(gate, up)
+    glu.check("swiglu", gate, up, room, grad_room)
+    y: Tensor = _OP(gate, up, room, grad_room)
     return y
 
 
-def _exact(t: Tensors, p: Problem, slack: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _call(t: Tensors, p: Problem) -> Tensor:
+    return swiglu(*glu.arguments(t), **glu.rooms(p))
+
+
+def _exact(t: Tensors, p: Problem, slack: float) -> tuple[Tensor, Tensor]:
     """Lowest and highest y when silu, before it is rounded, is right to a relative `slack`."""
-    gate, up = t["gate"].detach(), t["up"].detach()
+    gate, up = (x.detach() for x in glu.pair(t))
     if slack == 0:
         y = reference(gate, up)
         return y, y
-    silu = torch.nn.functional.silu(gate.double())
-    off = (
-        torch.where(silu.isfinite(), silu.abs() * slack, 0.0) + 1e-36
-    )  # fp32's exp overflows where silu is about that small
-    ends = [end.float().to(p.dtype) * up for end in (silu - off, silu + off)]
-    return torch.minimum(*ends), torch.maximum(*ends)
-
-
-def _inputs(p: Problem) -> dict[str, Input]:
-    batch = [p.dims["batch"]] if "batch" in p.dims else []
-    shape = (*batch, p.dims["rows"], p.dims["columns"])
-    return {"gate": Input(shape, p.dtype, grad=True), "up": Input(shape, p.dtype, grad=True)}
-
-
-def _tail(t: Tensors, p: Problem) -> tuple[Tensors, Problem]:
-    return {k: v[-4:] for k, v in t.items()}, replace(p, dims={**p.dims, "rows": 4})
-
-
-def _call(t: Tensors, p: Problem) -> torch.Tensor:
-    return swiglu(t["gate"], t["up"])
-
-
-def _linear_in_up(call: Any, t: Tensors, p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    return call(t, p) * 2, call({**t, "up": t["up"] * 2}, p)
-
-
-def _odd_part(call: Any, t: Tensors, p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    # silu(e) - silu(-e) = e, so with up = 1 the two halves differ by the gate itself.
-    one = torch.ones_like(t["up"])
-    gate = t["gate"].float()
-    f = replace(p, dtype=torch.float32)
-    return call({"gate": gate, "up": one.float()}, f) - call({"gate": -gate, "up": one.float()}, f), gate
-
-
-def _launches(p: DeviceProperties) -> list[Launch]:
-    found = []
-    for elements in (1, 2**24):
-        c = Config.choose(elements, p)
-        for dtype in FLOATS:
-            ptr = f"*{TRITON_TYPES[dtype]}"
-            for columns, n in (("", "i32"), (", over 2**31 columns", "i64")):
-                tail = {"n": n, "gate_stride": n, "up_stride": n, "BLOCK": "constexpr"}
-                forward = {"gate_ptr": ptr, "up_ptr": ptr, "y_ptr": ptr} | tail
-                names = ("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")
-                backward = dict.fromkeys(names, ptr) | {"n": n, "dy_stride": n} | tail
-                for kernel, args in (("forward_kernel", forward), ("backward_kernel", backward)):
-                    when = f"{kernel.split('_')[0]}, {'little' if elements == 1 else 'much'} work{columns}"
-                    found.append(Launch(when, kernel, args, {"BLOCK": c.block}, c.num_warps, 3, TRITON_TYPES[dtype]))
-    return found
+    act = torch.nn.functional.silu(gate.double())
+    return glu.products(act, act.abs() * slack, up, p.dtype)
 
 
 MUTANTS = Mutant.table(
@@ -221,8 +138,8 @@ unrounded: silu not rounded before the product
 - h = cast(tl.math.div_rn(gate, 1.0 + exp(-gate)), y_ptr.dtype.element_ty)
 + h = tl.math.div_rn(gate, 1.0 + exp(-gate))
 swapped: the product with the gate instead of up
-- cast(h * up,
-+ cast(h * gate,
+- cols, mask, h * up)
++ cols, mask, h * gate)
 dup-no-sigmoid: gradient of up without the sigmoid
 - dup = dy * gate * s
 + dup = dy * gate
@@ -236,25 +153,37 @@ dgate-no-up: gradient of the gate without up
 - dgate = dy * up * s
 + dgate = dy * s
 gradients-swapped: both gradients in each other's place
-- return dgate, dup
-+ return dup, dgate
+- found = dgate, dup
++ found = dup, dgate
+merged-swapped: a merged gradient's halves in each other's place
+- (e, u), (dgate, dup) = glu.halves(gate), glu.halves(both)
++ (e, u), (dup, dgate) = glu.halves(gate), glu.halves(both)
+merged-stride: a merged gradient's gate half written as if the halves were apart
+- store(dgate_ptr, row, dgate_stride, cols, mask, dgate)
++ store(dgate_ptr, row, n, cols, mask, dgate)
+room-overlaps: rows of y laid out as if there were no room
+- store(y_ptr, row, y_stride, cols, mask, h * up)
++ store(y_ptr, row, n, cols, mask, h * up)
 scaled-gradient: gradient of up 1% too large
 - dup = dy * gate * s
 + dup = dy * gate * s * 1.01
 up-stride: up read with the gate's stride
-- up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
+- load(up_ptr, row, up_stride, cols, mask)
 -     h =
-+ up_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
++ load(up_ptr, row, gate_stride, cols, mask)
 +     h =
 dy-stride: output gradient read as if it were contiguous
-- dy_ptr + row * dy_stride
-+ dy_ptr + row * n
+- load(dy_ptr, row, dy_stride, cols, mask)
++ load(dy_ptr, row, n, cols, mask)
 unwritten: the last column never written
-- cast(h * up, y_ptr.dtype.element_ty), mask=mask)
-+ cast(h * up, y_ptr.dtype.element_ty), mask=cols < n - 1)
+- store(y_ptr, row, y_stride, cols, mask, h * up)
++ store(y_ptr, row, y_stride, cols, cols < n - 1, h * up)
 int32-offset: row offset in 32 bits
-- program = tl.program_id(0).to(tl.int64)
-+ program = tl.program_id(0)
+- BLOCK)
+-     dy = load
++ BLOCK)
++     row = row.to(tl.int32)
++     dy = load
 dgate-over-gate: dgate written over the saved gate
 - dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 + dgate = gate.detach() if gate.is_contiguous() else torch.empty_like(gate)
@@ -262,7 +191,7 @@ dup-over-dy: dup written over the caller's output gradient
 - dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 + dup = dy if dy.is_contiguous() else torch.empty_like(up)
 silent-fallback: the reference run in place of the kernel
-- y: Tensor = _OP(gate, up)
+- y: Tensor = _OP(gate, up, room, grad_room)
 + y: Tensor = reference(gate, up)
 """
 )
@@ -270,12 +199,13 @@ silent-fallback: the reference run in place of the kernel
 OP = OpSpec(
     name="swiglu",
     summary="silu(gate) * up, bit for bit PyTorch's forward, with a fused backward",
-    variants=("",),
+    variants=("", "merged"),
     dtypes=FLOATS,
     sizes={
         "typical": {"rows": 5, "columns": 320},
         "prime": {"rows": 7, "columns": 211},
         "batched": {"batch": 2, "rows": 3, "columns": 64},
+        "room": {"rows": 3, "columns": 72, "room": 16},
         "wide": {"rows": 2, "columns": 8209},
         "one": {"rows": 1, "columns": 1},
         "no rows": {"rows": 0, "columns": 64},
@@ -284,17 +214,14 @@ OP = OpSpec(
         "huge": {"rows": 2**18 + 3, "columns": 8192},
         "speed": {"rows": 16384, "columns": 14336},
     },
-    inputs=_inputs,
+    inputs=glu.inputs,
     call=_call,
-    reference=lambda t, p, compute: reference(t["gate"], t["up"]),
-    launches=_launches,
-    bytes_moved=lambda p, w: (3 if w == "forward" else 5) * p.dims["rows"] * p.dims["columns"] * p.dtype.itemsize,
+    reference=lambda t, p, compute: reference(*glu.arguments(t)),
+    launches=lambda p: glu.launches(p, {"": {}}),
+    bytes_moved=glu.bytes_moved,
     flops=lambda p, w: (5 if w == "forward" else 11) * p.dims["rows"] * p.dims["columns"],
     exact=_exact,
-    tail=_tail,
-    laws=(
-        Law("swiglu(e, 2u) = 2 swiglu(e, u)", _linear_in_up),
-        Law("silu(e) - silu(-e) = e", _odd_part, tolerance=2e-6),
-    ),
+    tail=glu.tail,
+    laws=glu.LAWS,
     mutants=MUTANTS,
 )
