@@ -205,6 +205,7 @@ class Config:
         return cls()
 
 
+@torch.no_grad()
 def adamw8bit_(
     flat: Flat, grads: Sequence[Tensor | None], hyper: Sequence[Hyper], max_norm: float = float("inf"),
     skip_nonfinite: bool = True,
@@ -220,6 +221,7 @@ def adamw8bit_(
         _plain(flat, grads, hyper)
     else:
         _launch(flat, hyper)
+        torch.autograd.graph.increment_version(flat.params)  # so that autograd notices that they changed
     dispatch.record("adamw8bit", way)
 
 

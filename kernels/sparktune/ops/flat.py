@@ -129,6 +129,13 @@ class Flat:
         codes = tuple(b[start : start + n].view(shape) for b in (self.codes1, self.codes2))
         return *codes, self.absmax1[first:last], self.absmax2[first:last]
 
+    def holds(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the tensors it was made for, as they were."""
+        return len(params) == len(self.params) and all(
+            p is q and p.dtype == d and p.device == self.device
+            for p, q, d in zip(params, self.params, self.dtypes, strict=True)
+        )
+
     @property
     def norm(self) -> Tensor:
         """The last step's global norm of the gradients, before clipping; on the device."""

@@ -1,0 +1,3 @@
+"""Optimisers around the fused ops."""
+
+from sparktune.optim.adamw import AdamW8bit as AdamW8bit
