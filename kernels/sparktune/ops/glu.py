@@ -138,7 +138,7 @@ def arguments(t: Tensors) -> tuple[Tensor, Tensor | None]:
     return (t["gate_up"], None) if "gate_up" in t else (t["gate"], t["up"])
 
 
-def rooms(p: Problem) -> dict[str, int]:
+def rooms(p: Problem) -> dict[str, Any]:
     """The room that a problem asks for."""
     room = p.dims.get("room", 0)
     return {"room": room, "grad_room": room // 2 if merged(p) else 0}
