@@ -16,9 +16,8 @@ from sparktune.ops.spec import Mutant
 @pytest.mark.parametrize("op", op_names())
 def test_every_mutant_applies_and_its_file_still_parses(op):
     spec = load_op(op)
-    source = mutants.source_of(spec)
     for m in spec.mutants:
-        compile(mutants.apply(source, m, op), m.id, "exec")
+        compile(mutants.apply(mutants.source_of(spec, m.file), m, op), m.id, "exec")
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ class _Trial:
     tested: OpSpec
     j: Judgement
     device: torch.device
+    dtype: torch.dtype = torch.float32  # of the problem being judged
 
     def normal(self, variant: str, dtype: torch.dtype, name: str) -> None:
         """All sizes with normal values, and the laws. This comes first for every variant: most faults show here."""
@@ -133,7 +134,7 @@ class _Trial:
 
     def one(self, p: Problem, size: str, family: Family) -> None:
         """One problem under one family: outputs, gradients, and what must not have changed."""
-        spec, j = self.spec, self.j
+        spec, j, self.dtype = self.spec, self.j, p.dtype
         inputs = make_inputs(spec, p, family, self.device)
         before = {k: t.detach().clone() for k, t in inputs.items()}
         dispatch.reset()
@@ -220,12 +221,15 @@ class _Trial:
             self.codes(of, result, plain)
             return
         if family.finite and size not in ("one", "no rows", "no columns"):
-            why = degenerate(oracle, constant_ok=family.values == "equal")
+            why = degenerate(oracle, constant_ok=family.values == "equal" or family.gradient == "scalar")
             if why:
                 raise Unsound(f"{j.op} ({j.where}): the oracle's {of} is {why}, so it proves nothing")
-        wrong = unlike_nonfinite(result, plain, oracle)
+        wrong = unlike_nonfinite(result, plain, oracle, self.spec.nonfinite_kinds)
         j.check("NaN and Inf", of, wrong == 0, detail=f"{wrong} elements NaN, Inf or finite where they must not be")
-        e = measure(result, plain, oracle, scale=scale, summed=summed, exempt_cap=size == "one")
+        e = measure(
+            result, plain, oracle, scale=scale, summed=summed, exempt_cap=size == "one", computed_in=self.dtype,
+            products=self.spec.bound == "matrix", correlated=family.values == "equal",
+        )  # fmt: skip
         j.check("error", of, e.ratio <= 1, e.ratio, e.sentence())
 
     def codes(self, of: str, result: torch.Tensor, plain: torch.Tensor) -> None:

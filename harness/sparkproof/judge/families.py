@@ -139,6 +139,7 @@ def _far_storage(dtype: torch.dtype, slot: int) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype)
 
 
+SLOTS = 8  # inputs and gradients of one case at most
 _slots: list[int] = []
 
 
@@ -146,7 +147,7 @@ def _far(t: torch.Tensor) -> torch.Tensor:
     """Three rows 2**30 elements apart; what a wrapped offset points at is readable and zero."""
     assert t.dim() == 2 and t.shape[0] == 3, "a far case has three rows"
     _slots.append(len(_slots))
-    storage = _far_storage(t.dtype, len(_slots) % 3)
+    storage = _far_storage(t.dtype, len(_slots) % SLOTS)
     view = storage.as_strided(t.shape, (FAR_STRIDE, 1), 2**31)
     view.copy_(t)
     return view

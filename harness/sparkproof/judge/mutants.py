@@ -42,9 +42,9 @@ class Trial:
     seconds: float
 
 
-def source_of(spec: OpSpec) -> str:
-    """The text of the op's file."""
-    module = importlib.import_module(f"sparktune.ops.{spec.name}")
+def source_of(spec: OpSpec, file: str = "") -> str:
+    """The text of the op's file, or of another file of the ops."""
+    module = importlib.import_module(f"sparktune.ops.{file or spec.name}")
     return Path(str(module.__file__)).read_text(encoding="utf-8")
 
 
@@ -63,24 +63,35 @@ def apply(source: str, mutant: Mutant, op: str) -> str:
 
 
 @contextlib.contextmanager
-def loaded(source: str, op: str, label: str) -> Iterator[OpSpec]:
-    """The spec of a module made from `source`: a real file, since Triton reads a kernel's text back from disk."""
-    with tempfile.TemporaryDirectory(prefix="sparkproof-mutant-") as folder:
-        name = f"sparktune_mutant_{op}_{label.replace('-', '_')}"
-        path = Path(folder) / f"{name}.py"
-        path.write_text(source, encoding="utf-8")
-        info = importlib.util.spec_from_file_location(name, path)
-        assert info is not None and info.loader is not None
-        module: ModuleType = importlib.util.module_from_spec(info)
-        sys.modules[name] = module
-        try:
-            try:
-                info.loader.exec_module(module)
-            except Exception as e:
-                raise MutantError(f"{op}: mutant {label} does not load: {type(e).__name__}: {e}") from e
-            yield module.OP
-        finally:
-            sys.modules.pop(name, None)
+def loaded(source: str, op: str, label: str, helper: str = "", helper_source: str = "") -> Iterator[OpSpec]:
+    """The spec of a module made from `source`: a real file, since Triton reads a kernel's text back from disk.
+
+    `helper`: a file that the op imports, to be made from `helper_source` for this module alone.
+    """
+    suffix = label.replace("-", "_")
+    with tempfile.TemporaryDirectory(prefix="sparkproof-mutant-") as folder, contextlib.ExitStack() as undo:
+        if helper:
+            original, name = f"from sparktune.ops.{helper} import", f"sparktune_mutant_{helper}_for_{op}_{suffix}"
+            if original not in source:
+                raise MutantError(f"{op}: mutant {label} is planted in {helper}.py, which {op}.py does not import from")
+            _module(name, helper_source, Path(folder), op, label, undo)
+            source = source.replace(original, f"from {name} import")
+        yield _module(f"sparktune_mutant_{op}_{suffix}", source, Path(folder), op, label, undo).OP
+
+
+def _module(name: str, source: str, folder: Path, op: str, label: str, undo: contextlib.ExitStack) -> ModuleType:
+    path = folder / f"{name}.py"
+    path.write_text(source, encoding="utf-8")
+    info = importlib.util.spec_from_file_location(name, path)
+    assert info is not None and info.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(info)
+    sys.modules[name] = module
+    undo.callback(sys.modules.pop, name, None)
+    try:
+        info.loader.exec_module(module)
+    except Exception as e:
+        raise MutantError(f"{op}: mutant {label} does not load: {type(e).__name__}: {e}") from e
+    return module
 
 
 def try_mutants(
@@ -88,17 +99,19 @@ def try_mutants(
 ) -> list[Trial]:
     """Judge every mutant of `spec`, each until its first failed check. Errors: MutantError, see above."""
     source = source or source_of(spec)
-    mutated = [(m, apply(source, m, spec.name)) for m in spec.mutants]  # a stale table is found before any work
+    # A stale table is found before any work.
+    mutated = [(m, apply(source_of(spec, m.file) if m.file else source, m, spec.name)) for m in spec.mutants]
     with loaded(source, spec.name, "control") as control:
         failures = judge(spec, tested=control, dtypes=dtypes, stop_at_first=True).failures
     if failures:
         raise MutantError(f"{spec.name} fails unmutated, so kills would mean nothing: {failures[0].sentence()}")
-    return [_try(spec, m, text, dtypes) for m, text in mutated]
+    return [_try(spec, m, source, text, dtypes) for m, text in mutated]
 
 
-def _try(spec: OpSpec, mutant: Mutant, source: str, dtypes: Sequence[torch.dtype]) -> Trial:
+def _try(spec: OpSpec, mutant: Mutant, source: str, text: str, dtypes: Sequence[torch.dtype]) -> Trial:
     start = time.perf_counter()
-    with loaded(source, spec.name, mutant.id) as tested:
+    parts = (source, spec.name, mutant.id, mutant.file, text) if mutant.file else (text, spec.name, mutant.id)
+    with loaded(*parts) as tested:
         judgement = judge(spec, tested=tested, dtypes=dtypes, stop_at_first=True)
     seconds = time.perf_counter() - start
     if not judgement.failures:

@@ -6,7 +6,7 @@ as they are, and are counted each time they run, so that a compiled model's reco
 
 `forward(*args)` returns the visible results and then whatever the backward wants kept. `backward(*grads, *saved, needs)`
 returns a gradient for each name in `grads`. Both are annotated (`Tensor`, `Tensor | None`, `float`, `int`, `bool`,
-`str`, `list[int]`), since the custom ops' schemas are read from them, and both also run on fake tensors, to infer
+`str`, `list[int]`, `list[Tensor | None]` for constants), since the custom ops' schemas are read from them, and both also run on fake tensors, to infer
 shapes: they allocate with torch, start kernels through `dispatch.launch`, and never ask a tensor for its values. What
 they return is new memory, never an argument or a view.
 """
@@ -61,7 +61,7 @@ class Fused:
                     return found
                 return found[0] if self.outputs == 1 else tuple(found[: self.outputs])
             return self.reference(*args)
-        way = dispatch.route(self.name, *(a for a in args if isinstance(a, Tensor)))
+        way = dispatch.route(self.name, *_tensors(args))
         if way == "reference":
             found = self.reference(*args)
         elif self.backward is None:
@@ -93,7 +93,7 @@ class Fused:
     def _register(self, space: str) -> Callable[..., Any]:
         @functools.wraps(self.forward)
         def run(*args: Any) -> Any:
-            way = dispatch.route(self.name, *(a for a in args if isinstance(a, Tensor)))
+            way = dispatch.route(self.name, *_tensors(args))
             found = self.forward(*args)
             dispatch.record(self.name, way)
             return found
@@ -139,15 +139,28 @@ def _several(found: Tensor | Results) -> Results:
     return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
+def _tensors(saved: Sequence[Any]) -> list[Tensor]:
+    """All tensors, those in lists too."""
+    return [t for s in saved for t in (s if isinstance(s, list) else (s,)) if isinstance(t, Tensor)]
+
+
 def _keep(ctx: Any, saved: tuple[Any, ...]) -> None:
     """Tensors the way autograd wants them, which notices when one is changed before the backward; the rest as it is."""
-    ctx.save_for_backward(*(s for s in saved if isinstance(s, Tensor)))
-    ctx.others = [_TENSOR if isinstance(s, Tensor) else s for s in saved]
+    ctx.save_for_backward(*_tensors(saved))
+    ctx.others = [[_mark(t) for t in s] if isinstance(s, list) else _mark(s) for s in saved]
 
 
 def _kept(ctx: Any) -> list[Any]:
     tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if s is _TENSOR else s for s in ctx.others]
+
+    def back(s: Any) -> Any:
+        return next(tensors) if s is _TENSOR else s
+
+    return [[back(t) for t in s] if isinstance(s, list) else back(s) for s in ctx.others]
+
+
+def _mark(s: Any) -> Any:
+    return _TENSOR if isinstance(s, Tensor) else s
 
 
 _TENSOR = "\0tensor"  # a string, which stays itself wherever a context is copied

@@ -51,12 +51,16 @@ class Input:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A planted fault: `old` occurs exactly once in the op's file, above its table of mutants, and becomes `new`."""
+    """A planted fault: `old` occurs exactly once in the op's file, above its table of mutants, and becomes `new`.
+
+    `file` names another file of the ops, which the op imports, to plant it in.
+    """
 
     id: str
     description: str
     old: str
     new: str
+    file: str = ""
 
     @classmethod
     def table(cls, text: str) -> tuple[Mutant, ...]:
@@ -66,19 +70,23 @@ class Mutant:
             - / n + eps)
             + / n)
 
-        Several `-` or `+` lines make text over several lines. Errors: ValueError on an entry that is not whole.
+        Several `-` or `+` lines make text over several lines; `no-eps @norms: ...` plants it in norms.py. Errors:
+        ValueError on an entry that is not whole.
         """
         found: list[dict[str, Any]] = []
         for line in text.strip("\n").splitlines():
             if line[:2] in ("- ", "+ "):
                 found[-1]["old" if line[0] == "-" else "new"].append(line[2:])
             elif line.strip():
-                id_, _, description = line.partition(": ")
-                found.append({"id": id_, "description": description, "old": [], "new": []})
+                name, _, description = line.partition(": ")
+                id_, _, file = name.partition(" @")
+                found.append({"id": id_, "file": file, "description": description, "old": [], "new": []})
         for m in found:
             if not (m["description"] and m["old"] and m["new"]):
                 raise ValueError(f"mutant {m['id']!r} needs `id: description`, then a `- ` and a `+ ` line")
-        return tuple(cls(m["id"], m["description"], "\n".join(m["old"]), "\n".join(m["new"])) for m in found)
+        return tuple(
+            cls(m["id"], m["description"], "\n".join(m["old"]), "\n".join(m["new"]), m["file"]) for m in found
+        )
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,8 @@ class OpSpec:
     # Integer outputs (codes) are the reference's; by name, the share of elements that may differ by one.
     integer_slack: Mapping[str, float] = field(default_factory=dict)
     bound: Literal["memory", "matrix"] = "memory"  # what limits its speed: bytes over bandwidth, or matrix products
+    # Whether Inf must stay Inf. A product with zeros that plain PyTorch does not form may make NaN of it.
+    nonfinite_kinds: bool = True
     # Outputs to which no gradient flows, such as a log-sum-exp that is kept for inspection.
     without_gradient: tuple[str, ...] = ()
     compiles: bool = True  # an optimiser, say, is no part of a graph

@@ -1,0 +1,257 @@
+"""The buffer behind LoRA inside a matrix product, and the products with it: what `lora_linear`, `lora_qkv` and `lora_mlp`
+are made of, and what a whole layer's own Function may call.
+
+`lora_linear` has the maths. A `Stack` says where the layers of one input lie in the buffer P [n + r, k + r]; `pack` fills
+it; `forward_packed` and `backward_packed` multiply by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparktune.ops import dispatch
+from sparktune.ops.dropout import drop
+from sparktune.ops.numerics import cast
+from sparktune.ops.spec import FLOATS, TRITON_TYPES, Launch
+from sparktune.ops.weights import Weight
+
+
+def flatten(weights: Sequence[Weight]) -> tuple[list[Tensor | None], list[int]]:
+    """Weights as what a custom op takes: five tensors each, and [N, K, blocksize, scales an absmax2, format]."""
+    tensors: list[Tensor | None] = []
+    layout: list[int] = []
+    for w in weights:
+        *parts, blocksize, per_scale, quant_type = w.flat()
+        tensors += parts  # type: ignore[arg-type]
+        layout += [*w.shape, blocksize, per_scale, FORMATS.index(quant_type)]
+    return tensors, layout
+
+
+def unflatten(tensors: list[Tensor | None], layout: list[int]) -> list[Weight]:
+    """The inverse of `flatten`."""
+    found = []
+    for i in range(0, len(layout), 5):
+        n, k, blocksize, per_scale, kind = layout[i : i + 5]
+        flat: Any = (*tensors[i : i + 5], blocksize, per_scale, FORMATS[kind])
+        found.append(Weight.from_flat(flat, (n, k)))
+    return found
+
+
+FORMATS = ("", "nf4", "fp4")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers of one input, stacked: where each one's rows and ranks lie in the buffer P [n + r, k + r]."""
+
+    weights: tuple[Weight, ...]
+    ranks: tuple[int, ...]
+    biased: bool
+
+    ALIGN = 16  # elements: 32 bytes in 16 bits
+
+    @property
+    def n(self) -> int:
+        """Rows of all weights."""
+        return sum(w.shape[0] for w in self.weights)
+
+    @property
+    def k(self) -> int:
+        """Width of the input."""
+        return self.weights[0].shape[1]
+
+    @property
+    def r(self) -> int:
+        """Columns beside W: ranks and the bias, padded; 0 without either."""
+        wanted = sum(self.ranks) + self.biased
+        return -(-wanted // self.ALIGN) * self.ALIGN
+
+    def rows(self, i: int) -> slice:
+        """Rows of layer i."""
+        first = sum(w.shape[0] for w in self.weights[:i])
+        return slice(first, first + self.weights[i].shape[0])
+
+    def slot(self, i: int) -> slice:
+        """Layer i's ranks, counted from the first column beside W, or the first row below it."""
+        first = sum(self.ranks[:i])
+        return slice(first, first + self.ranks[i])
+
+    @property
+    def one(self) -> int:
+        """The column that the biases share."""
+        return sum(self.ranks)
+
+
+@triton.jit
+def adapter_kernel(
+    p_ptr, a_ptr, b_ptr, bias_ptr, scale, rows, k, width, first_row, below, slot, rank, last, one, r,
+    a_row, a_col, b_row, b_col, b_programs,
+    LORA: tl.constexpr, BIAS: tl.constexpr, R_BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One layer's share of what lies around the weights in P: sB and bias beside its rows, then A below them.
+
+    The first `b_programs` programs write columns k to k + r of its rows, zero outside its slot. The others write rows
+    below + slot to below + last, of which those past the rank are zero.
+    """
+    program = tl.program_id(0)
+    dtype: tl.constexpr = p_ptr.dtype.element_ty
+    lane = tl.arange(0, R_BLOCK)
+    mine = (lane >= slot) & (lane < slot + rank)
+    if program < b_programs:
+        row = (program * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
+        here = row < rows
+        value = tl.zeros((TILE, R_BLOCK), tl.float32)
+        if LORA:
+            at = b_ptr + row * b_row + (lane - slot)[None, :] * b_col
+            value = tl.load(at, mask=here & mine[None, :], other=0.0).to(tl.float32) * scale
+        if BIAS:
+            value = tl.where(lane[None, :] == one, tl.load(bias_ptr + row, mask=here, other=0.0).to(tl.float32), value)
+        to = p_ptr + (first_row + row) * width + k + lane[None, :]
+        tl.store(to, cast(value, dtype), mask=here & (lane < r)[None, :])
+    else:
+        col = ((program - b_programs) * TILE + tl.arange(0, TILE)).to(tl.int64)[None, :]
+        value = tl.zeros((R_BLOCK, TILE), tl.float32)
+        if LORA:
+            at = a_ptr + (lane - slot).to(tl.int64)[:, None] * a_row + col * a_col
+            value = tl.load(at, mask=mine[:, None] & (col < k), other=0.0).to(tl.float32)
+        to = p_ptr + (below + lane).to(tl.int64)[:, None] * width + col
+        tl.store(to, cast(value, dtype), mask=((lane >= slot) & (lane < last))[:, None] & (col < k))
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the adapters' kernel is launched."""
+
+    r_block: int
+    tile: int
+
+    @classmethod
+    def choose(cls, r: int) -> Config:
+        """About 2048 elements a program: there are few of these programs, and a GEMM waits for them."""
+        block = max(16, triton.next_power_of_2(r))
+        return cls(block, max(4, 2048 // block))
+
+
+def pack(
+    stack: Stack, a: Sequence[Tensor | None], b: Sequence[Tensor | None], bias: Sequence[Tensor | None],
+    scales: Sequence[float], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The buffer P [n + r, k + r] of `stack` in `dtype`: weights in their rows, sB and biases beside, A below."""
+    n, k, r = stack.n, stack.k, stack.r
+    p = torch.empty(n + r, k + r, dtype=dtype, device=stack.weights[0].device)
+    for i, w in enumerate(stack.weights):
+        rows, slot, last = stack.rows(i), stack.slot(i), i + 1 == len(stack.weights)
+        w.into(p[rows, :k])
+        if r == 0:
+            continue
+        c = Config.choose(r)
+        below = -(-k // c.tile)
+        beside = -(-w.shape[0] // c.tile)
+        ai, bi, zi = a[i], b[i], bias[i]
+        dispatch.launch(
+            adapter_kernel, beside + below, p, p, p if ai is None else ai, p if bi is None else bi, p if zi is None else zi,
+            scales[i], w.shape[0], k, k + r, rows.start, n, slot.start, stack.ranks[i],
+            r if last else slot.stop, stack.one, r, *(ai.stride() if ai is not None else (0, 0)),
+            *(bi.stride() if bi is not None else (0, 0)), beside,
+            LORA=ai is not None, BIAS=zi is not None, R_BLOCK=c.r_block, TILE=c.tile, num_warps=4,
+        )  # fmt: skip
+    return p
+
+
+def with_room(x: Tensor, r: int) -> Tensor | None:
+    """x [M, K] and the `r` columns right of it as one view [M, K + r], where x lies in such a buffer."""
+    m, k = x.shape
+    if m == 0 or x.stride(1) != 1 or x.stride(0) < k + r:
+        return None
+    end = x.storage_offset() + (m - 1) * x.stride(0) + k + r
+    return x.as_strided((m, k + r), x.stride()) if end * x.element_size() <= x.untyped_storage().nbytes() else None
+
+
+def forward_packed(
+    x: Tensor, p: Tensor, n: int, one: int | None, branch_input: Tensor | None = None, tail_free: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(y [M, n], x' A^T [M, r]) for x [M, K] and the buffer P; `one`: the column of P that biases stand in."""
+    k = x.shape[1]
+    r = p.shape[1] - k
+    if r == 0:
+        return x @ p[:n].t(), x.new_empty(x.shape[0], 0)
+    x_branch = x if branch_input is None else branch_input
+    row = with_room(x, r) if tail_free else None
+    if row is None and k < n:
+        row = torch.empty(x.shape[0], k + r, dtype=x.dtype, device=x.device)
+        row[:, :k].copy_(x)
+    if row is None:
+        tail = x_branch @ p[n:, :k].t()
+        if one is not None:
+            tail[:, one] = 1.0
+        return (tail @ p[:n, k:].t()).addmm_(x, p[:n, :k].t()), tail
+    torch.mm(x_branch, p[n:, :k].t(), out=row[:, k:])
+    if one is not None:
+        row[:, k + one] = 1.0
+    return row @ p[:n].t(), row[:, k:].clone()
+
+
+def backward_packed(
+    dy: Tensor, p: Tensor, n: int, need_dx: bool, seed: Tensor | None = None, dropout: float = 0.0,
+    row: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dx [M, K], s dy B [M, r]) for dy [M, n]; `row`: dy's own buffer [M, n + r], whose last columns may be written."""
+    k = p.shape[1] - (p.shape[0] - n)
+    r = p.shape[0] - n
+    empty = dy.new_empty(0)
+    if r == 0:
+        return (dy @ p if need_dx else empty), dy.new_empty(dy.shape[0], 0)
+    if not need_dx:
+        return empty, dy @ p[:n, k:]
+    if seed is not None and dropout:
+        tail = dy @ p[:n, k:]
+        return drop(tail @ p[n:, :k], seed, dropout, onto=dy @ p[:n, :k]), tail
+    if row is None and n < k:
+        row = torch.empty(dy.shape[0], n + r, dtype=dy.dtype, device=dy.device)
+        row[:, :n].copy_(dy)
+    if row is None:
+        tail = dy @ p[:n, k:]
+        return (tail @ p[n:, :k]).addmm_(dy, p[:n, :k]), tail
+    torch.mm(dy, p[:n, k:], out=row[:, n:])
+    return row @ p[:, :k], row[:, n:].clone()
+
+
+def summed(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """scale left^T right over all rows [M, *]: summed in fp32, rounded once to `dtype`."""
+    if left.is_cuda and left.dtype != torch.float32:
+        found = torch.mm(left.t(), right, out_dtype=torch.float32)
+    else:
+        found = left.t().float() @ right.float()
+    return found.mul_(scale).to(dtype) if scale != 1.0 else found.to(dtype)
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K], a view where strides allow."""
+    return dispatch.rows(x) if x.numel() else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def adapter_launches() -> list[Launch]:
+    """The kernel around the weights, for ranks up to 16, 64 and 512 columns, LoRA in fp32 or the buffer's dtype."""
+    found = []
+    for dtype in FLOATS:
+        name = TRITON_TYPES[dtype]
+        for r, lora, bias in ((16, name, False), (16, "fp32", True), (64, "fp32", False), (512, "fp32", True)):
+            if (r > 16 and dtype != torch.bfloat16) or (name == "fp32" and not bias):
+                continue
+            c = Config.choose(r)
+            flags = {"LORA": True, "BIAS": bias, "R_BLOCK": c.r_block, "TILE": c.tile}
+            args = dict(p_ptr=f"*{name}", a_ptr=f"*{lora}", b_ptr=f"*{lora}", bias_ptr=f"*{lora}", scale="fp32")
+            integers = ("rows", "k", "width", "first_row", "below", "slot", "rank", "last", "one", "r")
+            integers += ("a_row", "a_col", "b_row", "b_col", "b_programs")
+            args |= dict.fromkeys(integers, "i32") | dict.fromkeys(flags, "constexpr")
+            when = f"up to {r} columns, LoRA in {lora}{', biased' if bias else ''}"
+            found.append(Launch(when, "adapter_kernel", args, flags, 4, 3, name))
+    return found
