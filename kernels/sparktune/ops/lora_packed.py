@@ -172,7 +172,10 @@ def with_room(x: Tensor, r: int) -> Tensor | None:
     if m == 0 or x.stride(1) != 1 or x.stride(0) < k + r:
         return None
     end = x.storage_offset() + (m - 1) * x.stride(0) + k + r
-    return x.as_strided((m, k + r), x.stride()) if end * x.element_size() <= x.untyped_storage().nbytes() else None
+    if end * x.element_size() > x.untyped_storage().nbytes():
+        return None
+    # Without x's version counter: x itself stays as it is, and another layer may have saved it.
+    return x.data.as_strided((m, k + r), x.stride())
 
 
 def forward_packed(
@@ -249,8 +252,7 @@ def adapter_launches() -> list[Launch]:
             c = Config.choose(r)
             flags = {"LORA": True, "BIAS": bias, "R_BLOCK": c.r_block, "TILE": c.tile}
             args = dict(p_ptr=f"*{name}", a_ptr=f"*{lora}", b_ptr=f"*{lora}", bias_ptr=f"*{lora}", scale="fp32")
-            integers = ("rows", "k", "width", "first_row", "below", "slot", "rank", "last", "one", "r")
-            integers += ("a_row", "a_col", "b_row", "b_col", "b_programs")
+            integers = "rows k width first_row below slot rank last one r a_row a_col b_row b_col b_programs".split()
             args |= dict.fromkeys(integers, "i32") | dict.fromkeys(flags, "constexpr")
             when = f"up to {r} columns, LoRA in {lora}{', biased' if bias else ''}"
             found.append(Launch(when, "adapter_kernel", args, flags, 4, 3, name))
