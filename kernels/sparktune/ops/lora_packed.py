@@ -252,7 +252,8 @@ def adapter_launches() -> list[Launch]:
             c = Config.choose(r)
             flags = {"LORA": True, "BIAS": bias, "R_BLOCK": c.r_block, "TILE": c.tile}
             args = dict(p_ptr=f"*{name}", a_ptr=f"*{lora}", b_ptr=f"*{lora}", bias_ptr=f"*{lora}", scale="fp32")
-            integers = "rows k width first_row below slot rank last one r a_row a_col b_row b_col b_programs".split()
+            integers = ["rows", "k", "width", "first_row", "below", "slot", "rank", "last", "one", "r"]
+            integers += ["a_row", "a_col", "b_row", "b_col", "b_programs"]
             args |= dict.fromkeys(integers, "i32") | dict.fromkeys(flags, "constexpr")
             when = f"up to {r} columns, LoRA in {lora}{', biased' if bias else ''}"
             found.append(Launch(when, "adapter_kernel", args, flags, 4, 3, name))
