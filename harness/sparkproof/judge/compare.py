@@ -18,6 +18,7 @@ ALLOWED_RATIO = 2.0
 # 9 for the worst element were seen with nothing wrong).
 ALLOWED_RATIO_OF_PRODUCTS = 4.0
 ALLOWED_WORST_OF_PRODUCTS = 12.0
+FLOOR_WORST_OF_PRODUCTS = 2e-3  # a wrong element is wrong by about 1
 FLOOR_L2 = 5e-7
 FLOOR_WORST = 2e-6
 # Cutting bits off in place of rounding has just twice the error, so it would pass by size alone; but all its errors
@@ -84,13 +85,16 @@ def measure(
     if not exempt_cap:
         cap = CAP_L2_SUM if summed and dtype == torch.float32 else CAP_L2[dtype]
         cap = max(cap, CAP_L2[computed_in or dtype])
+        if products:  # several in a row add up their roundings, PyTorch's own too
+            cap = max(cap, ALLOWED_RATIO * l2_plain)
         allowed = min(allowed, cap + slack_l2)
     bias, bias_allowed = 0.0, 1.0
     if dtype.itemsize == 2 and not products:  # theirs has no single direction to round in
         bias = _bias(r, o)
         bias_allowed = ALLOWED_RATIO * _bias(p, o) + BIAS_DEVIATIONS / o.numel() ** 0.5
     worst_ratio = ALLOWED_WORST_OF_PRODUCTS if products else ALLOWED_RATIO
-    return Error(l2, allowed, worst, worst_ratio * worst_plain + FLOOR_WORST + slack_worst, bias, bias_allowed)
+    floor = FLOOR_WORST_OF_PRODUCTS if products else FLOOR_WORST
+    return Error(l2, allowed, worst, worst_ratio * worst_plain + floor + slack_worst, bias, bias_allowed)
 
 
 def _bias(r: torch.Tensor, o: torch.Tensor) -> float:

@@ -5,10 +5,10 @@ Eagerly a `Fused` is a `torch.autograd.Function`, the cheapest way to call a ker
 as they are, and are counted each time they run, so that a compiled model's record is as true as an eager one's.
 
 `forward(*args)` returns the visible results and then whatever the backward wants kept. `backward(*grads, *saved, needs)`
-returns a gradient for each name in `grads`. Both are annotated (`Tensor`, `Tensor | None`, `float`, `int`, `bool`,
-`str`, `list[int]`, `list[Tensor | None]` for constants), since the custom ops' schemas are read from them, and both also run on fake tensors, to infer
-shapes: they allocate with torch, start kernels through `dispatch.launch`, and never ask a tensor for its values. What
-they return is new memory, never an argument or a view.
+returns a gradient for each name in `grads`. Both are annotated (`Tensor`, `Tensor | None`, `float`, `int`, `bool`, `str`,
+`list[int]`, `list[float]`, and `list[Tensor | None]` for constants), since the custom ops' schemas are read from them.
+Both also run on fake tensors, to infer shapes: they allocate with torch, start kernels through `dispatch.launch`, and
+never ask a tensor for its values. What they return is new memory, never an argument or a view.
 """
 
 from __future__ import annotations
