@@ -277,8 +277,11 @@ def table_inputs(dims: Any) -> dict[str, Input]:
 
 
 def head_inputs(p: Problem) -> dict[str, Input]:
-    """q and k as matrices with a token in each row, so that rows can be sliced, transposed and far apart."""
-    d = p.dims["head_dim"]
+    """q and k as matrices with a token in each row, so that rows can be sliced, transposed and far apart.
+
+    `gap`: columns between heads that belong to none.
+    """
+    d = p.dims["head_dim"] + p.dims.get("gap", 0)
     return {
         k: Input((p.dims["rows"], p.dims[n] * d), p.dtype, grad=True) for k, n in (("q", "heads"), ("k", "kv_heads"))
     }
@@ -286,8 +289,11 @@ def head_inputs(p: Problem) -> dict[str, Input]:
 
 def heads_of(t: Tensors, p: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
     """q and k as [B, S, heads, D] views, and positions as [B, S]."""
-    shape, d = (p.dims.get("batch", 1), p.dims["rows"] // p.dims.get("batch", 1)), p.dims["head_dim"]
-    q, k = (t[n].unflatten(1, (-1, d)).unflatten(0, shape) for n in ("q", "k"))
+    batch, d = p.dims.get("batch", 1), p.dims["head_dim"]
+    shape = batch, p.dims["rows"] // batch
+    q, k = (
+        t[n].unflatten(1, (p.dims[h], -1)).unflatten(0, shape)[..., :d] for n, h in (("q", "heads"), ("k", "kv_heads"))
+    )
     return q, k, t["positions"].unflatten(0, shape) if "positions" in t else None
 
 
@@ -432,7 +438,7 @@ OP = OpSpec(
     dtypes=FLOATS,
     sizes={
         "typical": {"rows": 5, "heads": 4, "kv_heads": 2, "head_dim": 16, "rotary": 16},
-        "partial": {"rows": 6, "batch": 2, "heads": 3, "kv_heads": 1, "head_dim": 20, "rotary": 12, "positions": 32},
+        "partial": {"rows": 6, "batch": 2, "heads": 3, "kv_heads": 1, "head_dim": 20, "rotary": 12, "positions": 32, "gap": 4},
         "head 96": {"rows": 3, "heads": 1, "kv_heads": 1, "head_dim": 96, "rotary": 96, "positions": 0},
         "batched": {"rows": 6, "batch": 3, "heads": 2, "kv_heads": 2, "head_dim": 80, "rotary": 32, "positions": 0},
         "many heads": {"rows": 2, "heads": 40, "kv_heads": 33, "head_dim": 128, "rotary": 128},

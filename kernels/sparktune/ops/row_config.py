@@ -28,6 +28,7 @@ class RowConfig:
     BLOCKS = ((1024, 4), (2048, 4), (4096, 8), (8192, 16))  # (columns, warps)
     WIDE = (4096, 8)
     WIDTHS = (1024, 2048, 4096, 8192, 8193)  # one row width for each of the above and one for the steps
+    SUMS_WIDEST = 4096  # columns up to which sums over rows are kept in registers too: at 8192, 24 to 48 bytes spill
     WARPS_PER_SM = 16  # where every program leaves a row of partial sums that must be read again: few programs
 
     @classmethod
@@ -35,9 +36,11 @@ class RowConfig:
         """The smallest block that takes a whole row of `n` columns.
 
         `sums`: programs add up something over rows. Then each takes many rows, and as few programs run as keep the
-        memory busy; else every row is a program of its own.
+        memory busy; else every row is a program of its own. What does not fit SUMS_WIDEST is added up in memory, in
+        rows that stay in cache.
         """
-        block, warps = next(((b, w) for b, w in cls.BLOCKS if n <= b), cls.WIDE)
+        fits = ((b, w) for b, w in cls.BLOCKS if n <= b and (not sums or b <= cls.SUMS_WIDEST))
+        block, warps = next(fits, cls.WIDE)
         resident = p.sm_count * max(1, min(cls.WARPS_PER_SM, p.threads_per_sm // 32) // warps)
         rows_each = triton.cdiv(m, min(m, resident)) if sums else 1
         return cls(block, n <= block, warps, triton.cdiv(m, rows_each), rows_each)
