@@ -117,7 +117,7 @@ print(json.dumps(selftest.one("swiglu")))
 
 def test_the_document_of_a_whole_op():
     document = selftest.kernels(["swiglu"])
-    assert document["schema"] == "sparkproof/selftest-kernels/1"
+    assert document["schema"] == "sparkproof/selftest-kernels/2"
     assert document["passed"] and document["killed"] == document["total"] >= 8
     (row,) = document["ops"]
     assert row["op"] == "swiglu" and not row["survivors"] and not row["error"]

@@ -80,9 +80,14 @@ def selftest_kernels(
         print(json.dumps(document, indent=1))
     else:
         console = Console()
-        table = Table("op", "killed", "planted", "survivors", "seconds", box=None)
+        peers = document["peers"]
+        within = [f"within {p['name']}'s bounds" for p in peers.values()]
+        table = Table("op", "killed", "planted", *within, "survivors", "seconds", box=None)
         for row in document["ops"]:
             survivors = ", ".join(row["survivors"]) or "-"
-            table.add_row(row["op"], str(row["killed"]), str(row["total"]), escape(survivors), f"{row['seconds']:.1f}")
+            counts = [row["let_pass"][p]["count"] for p in peers]
+            passed = ["no test" if n is None else str(n) for n in counts]
+            line = (row["op"], str(row["killed"]), str(row["total"]), *passed, escape(survivors))
+            table.add_row(*line, f"{row['seconds']:.1f}")
         console.print(table)
     raise typer.Exit(0 if document["passed"] else 1)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +21,7 @@ import torch
 from sparktune.ops.spec import Mutant, OpSpec
 
 from sparkproof.judge.correctness import judge
+from sparkproof.judge.peers import Bounds
 from sparkproof.judge.record import Check, Judgement
 
 TABLE = "\nMUTANTS = "
@@ -40,6 +41,7 @@ class Trial:
     killed: bool
     by: str  # the check that found it, or why none did
     seconds: float
+    passes: list[str] = field(default_factory=list)  # the peers whose published bounds it stays within
 
 
 def source_of(spec: OpSpec, file: str = "") -> str:
@@ -95,30 +97,39 @@ def _module(name: str, source: str, folder: Path, op: str, label: str, undo: con
 
 
 def try_mutants(
-    spec: OpSpec, *, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32), source: str = ""
-) -> list[Trial]:
-    """Judge every mutant of `spec`, each until its first failed check. Errors: MutantError, see above."""
+    spec: OpSpec, *, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32), source: str = "",
+    bounds: Bounds | None = None,
+) -> list[Trial]:  # fmt: skip
+    """Judge every mutant of `spec`, each until its first failed check. Errors: MutantError, see above.
+
+    `bounds` takes up the peers' tests of the op; every mutant is then held to these too.
+    """
     source = source or source_of(spec)
     # A stale table is found before any work.
     mutated = [(m, apply(source_of(spec, m.file) if m.file else source, m, spec.name)) for m in spec.mutants]
     with loaded(source, spec.name, "control") as control:
         failures = judge(spec, tested=control, dtypes=dtypes, stop_at_first=True).failures
+        if bounds is not None and not failures:
+            bounds.admit(control)
     if failures:
         raise MutantError(f"{spec.name} fails unmutated, so kills would mean nothing: {failures[0].sentence()}")
-    return [_try(spec, m, source, text, dtypes) for m, text in mutated]
+    return [_try(spec, m, source, text, dtypes, bounds) for m, text in mutated]
 
 
-def _try(spec: OpSpec, mutant: Mutant, source: str, text: str, dtypes: Sequence[torch.dtype]) -> Trial:
+def _try(
+    spec: OpSpec, mutant: Mutant, source: str, text: str, dtypes: Sequence[torch.dtype], bounds: Bounds | None
+) -> Trial:
     start = time.perf_counter()
     parts = (source, spec.name, mutant.id, mutant.file, text) if mutant.file else (text, spec.name, mutant.id)
     with loaded(*parts) as tested:
         judgement = judge(spec, tested=tested, dtypes=dtypes, stop_at_first=True)
-    seconds = time.perf_counter() - start
-    if not judgement.failures:
-        return Trial(mutant.id, mutant.description, False, "every check held", seconds)
-    check = judgement.failures[0]
-    _refuse_planting_error(spec, mutant, judgement, check)
-    return Trial(mutant.id, mutant.description, True, check.sentence(), seconds)
+        seconds = time.perf_counter() - start
+        check = judgement.failures[0] if judgement.failures else None
+        if check is not None:
+            _refuse_planting_error(spec, mutant, judgement, check)
+        passes = bounds.let_pass(tested) if bounds is not None else []
+    by = "every check held" if check is None else check.sentence()
+    return Trial(mutant.id, mutant.description, check is not None, by, seconds, passes)
 
 
 def _refuse_planting_error(spec: OpSpec, mutant: Mutant, judgement: Judgement, check: Check) -> None:

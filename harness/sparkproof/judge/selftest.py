@@ -22,10 +22,11 @@ from sparktune.ops import dispatch, load_op, op_names
 from sparktune.ops.spec import OpSpec
 
 from sparkproof.errors import UserError
+from sparkproof.judge import peers
 from sparkproof.judge.interpreter import unable
-from sparkproof.judge.mutants import MutantError, try_mutants
+from sparkproof.judge.mutants import MutantError, Trial, try_mutants
 
-SCHEMA = "sparkproof/selftest-kernels/1"
+SCHEMA = "sparkproof/selftest-kernels/2"
 INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -42,8 +43,10 @@ def kernels(ops: Sequence[str] | None = None, progress: Callable[[str], None] = 
     """Try every mutant of some or all ops.
 
     The document: `schema`, `mode`, `passed`, `killed`, `total`, `seconds`, and `ops`, a list of `op`, `killed`,
-    `total`, `survivors` (ids), `error` (why the table proves nothing; empty if it does), `seconds`, and `mutants`, a
-    row each.
+    `total`, `survivors` (ids), `error` (why the table proves nothing; empty if it does), `seconds`, `mutants`, a row
+    each, and `let_pass`: for each peer how many of the same mutants stay within the bounds of its own tests, or null
+    where it has none that can be used, with `mutants` (ids), `why` (null's reason) and `left_out` (bounds that the right
+    kernel fails). `peers` names each with its version.
     """
     start = time.perf_counter()
     names = list(chosen(ops))
@@ -55,6 +58,7 @@ def kernels(ops: Sequence[str] | None = None, progress: Callable[[str], None] = 
         "passed": all(r["killed"] == r["total"] and not r["error"] for r in rows),
         "killed": sum(r["killed"] for r in rows),
         "total": sum(r["total"] for r in rows),
+        "peers": {k: v.model_dump() for k, v in peers.libraries().items()},
         "seconds": round(time.perf_counter() - start, 2),
         "ops": rows,
     }
@@ -65,8 +69,9 @@ def one(name: str) -> dict[str, Any]:
     if not dispatch.INTERPRETED:
         raise RuntimeError("mutants are tried in Triton's interpreter: start the process with TRITON_INTERPRET=1")
     spec, start, error, trials = load_op(name), time.perf_counter(), unable(), []
+    bounds = peers.Bounds(spec)
     try:
-        trials = [] if error else try_mutants(spec)
+        trials = [] if error else try_mutants(spec, bounds=bounds)
     except MutantError as e:
         error = str(e)
     return {
@@ -77,6 +82,18 @@ def one(name: str) -> dict[str, Any]:
         "error": error,
         "seconds": round(time.perf_counter() - start, 2),
         "mutants": [asdict(t) for t in trials],
+        "let_pass": {peer: _let_pass(bounds, peer, trials, error) for peer in peers.libraries()},
+    }
+
+
+def _let_pass(bounds: peers.Bounds, peer: str, trials: Sequence[Trial], error: str) -> dict[str, Any]:
+    why = error or bounds.why_not(peer)
+    passed = [t.id for t in trials if peer in t.passes]
+    return {
+        "count": None if why else len(passed),
+        "mutants": passed,
+        "why": why,
+        "left_out": bounds.left_out.get(peer, []),
     }
 
 
