@@ -9,7 +9,7 @@ WORKERS ?= 2
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup validate test test-slow lint doctor facts list compile selftest sanitize snapshot rollback report lock schemas clean
+.PHONY: help setup validate test test-slow lint doctor facts list compile selftest bench sanitize snapshot rollback report lock schemas clean
 
 help: ## Show every target with its purpose
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ compile: setup ## Compile every kernel for sm_121 and hold it to GB10's limits (
 
 selftest: setup ## Prove that the kernel tests catch planted faults
 	@$(BIN)/sparkproof selftest kernels $(ARGS)
+
+bench: setup ## Time every op against transformers, torch.compile, Liger and Unsloth (needs a GPU)
+	@$(BIN)/sparkproof bench ops $(ARGS)
 
 sanitize: setup ## Look for memory errors and races in every kernel with NVIDIA's compute-sanitizer (needs a GPU)
 	@$(BIN)/python scripts/sanitize.py $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 def documents() -> dict[str, str]:
     """Path relative to the checkout -> text."""
+    from sparkproof.bench.document import bench_schema
     from sparkproof.checks.catalogue import markdown
     from sparkproof.cli.listing import scenario_schema
     from sparkproof.report.model import report_schema
@@ -12,5 +13,6 @@ def documents() -> dict[str, str]:
     return {
         "scenarios/scenario.schema.json": scenario_schema(),
         "reports/schema/report-1.json": report_schema(),
+        "reports/schema/bench-ops-1.json": bench_schema(),
         "docs/failures.md": markdown(),
     }

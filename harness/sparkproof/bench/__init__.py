@@ -1,0 +1,1 @@
+"""`sparkproof bench ops`: every op beside its peers, at the shapes of real models, on this device."""
