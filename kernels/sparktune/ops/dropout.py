@@ -37,9 +37,9 @@ def dropped(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     return torch.where(keep, x / (1 - dropout), 0.0).to(x.dtype)
 
 
-def draw(x: Tensor, dropout: float) -> Tensor | None:
-    """A seed for dropout's mask, from torch's generator, so that manual seeds and checkpoints' recomputes repeat it."""
-    return torch.randint(2**31, (1,), device=x.device) if dropout else None
+def draw(x: Tensor, dropout: float, masks: int = 1) -> Tensor | None:
+    """Seeds for dropout's masks, from torch's generator, so that manual seeds and checkpoints' recomputes repeat them."""
+    return torch.randint(2**31, (masks,), device=x.device) if dropout else None
 
 
 @triton.jit

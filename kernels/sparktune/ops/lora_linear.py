@@ -41,18 +41,17 @@ import torch
 from torch import Tensor
 
 from sparktune.ops import dispatch
-from sparktune.ops.dropout import draw, drop, drop_kernel, drop_launches, dropped
+from sparktune.ops.dropout import draw, drop_kernel, drop_launches, dropped
 from sparktune.ops.fused import Fused
 from sparktune.ops.lora_packed import (
     Stack,
     adapter_kernel,
     adapter_launches,
-    backward_packed,
+    factor_gradients,
     flatten,
-    forward_packed,
+    forward_layers,
+    input_gradient,
     matrix,
-    pack,
-    summed,
     unflatten,
 )  # fmt: skip
 from sparktune.ops.spec import FLOATS, Input, Law, Mutant, OpSpec, Problem, Tensors
@@ -88,11 +87,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, x' A^T)."""
     stack = _stack(weight, layout, a, bias)
-    p = pack(stack, [a], [b], [bias], [scale], x.dtype)
-    flat = matrix(x)
-    branch_input = drop(flat, seed, dropout) if seed is not None and dropout else None
-    one = stack.one if bias is not None else None
-    y, tail = forward_packed(flat, p, stack.n, one, branch_input, tail_free)
+    y, tail = forward_layers(stack, matrix(x), [a], [b], [bias], [scale], seed, dropout, tail_free)
     return y.view(*x.shape[:-1], stack.n), tail
 
 
@@ -101,20 +96,11 @@ def _backward(
     bias: Tensor | None, seed: Tensor | None, tail: Tensor, scale: float, dropout: float, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, da, db, dbias)."""
-    stack = _stack(weight, layout, a, bias)
-    dy = matrix(dy)
-    p = pack(stack, [a], [b], [bias], [scale], x.dtype)
-    dx, dtail = backward_packed(dy, p, stack.n, needs[0], seed, dropout)
-    da, db, dbias = (dy.new_empty(0) for _ in range(3))
-    slot = stack.slot(0)
-    if a is not None and needs[1]:
-        flat = matrix(x)
-        flat = drop(flat, seed, dropout) if seed is not None and dropout else flat
-        da = summed(dtail[:, slot], flat, a.dtype)
-    if b is not None and needs[2]:
-        db = summed(dy, tail[:, slot], b.dtype, scale)
-    if bias is not None and needs[3]:
-        dbias = dy.sum(0, dtype=torch.float32).to(bias.dtype)
+    stack, dy = _stack(weight, layout, a, bias), matrix(dy)
+    dx, dtail = input_gradient(stack, dy, [a], [b], [bias], [scale], seed, dropout, needs[0], needs[1])
+    da, db, dbias = factor_gradients(
+        stack, dy, matrix(x), tail, dtail, [a], [b], [bias], [scale], seed, dropout, needs[1:]
+    )  # fmt: skip
     return dx.view(x.shape) if needs[0] else dx, da, db, dbias
 
 
@@ -233,8 +219,8 @@ def _call(t: Tensors, p: Problem) -> Tensor:
     if room:  # beside x lies what only `tail_free` may write
         x = torch.nn.functional.pad(x, (0, 16 + x.shape[1] % 2))[:, : x.shape[1]]
     tensors, layout = flatten([weight])
-    y: Tensor = _OP(x, tensors, layout, a, b, bias, seed, scale, dropout, room)
-    return y
+    found: Tensor = _OP(x, tensors, layout, a, b, bias, seed, scale, dropout, room)
+    return found
 
 
 def _reference(t: Tensors, p: Problem, compute: torch.dtype | None) -> Tensor:
@@ -269,12 +255,12 @@ MUTANTS = Mutant.table(
     """no-scale @lora_packed: s left out of the buffer
 - other=0.0).to(tl.float32) * scale
 + other=0.0).to(tl.float32)
-db-no-scale: s left out of B's gradient
-- db = summed(dy, tail[:, slot], b.dtype, scale)
-+ db = summed(dy, tail[:, slot], b.dtype)
-scale-twice: s in A's gradient twice
-- da = summed(dtail[:, slot], flat, a.dtype)
-+ da = summed(dtail[:, slot], flat, a.dtype, scale)
+db-no-scale @lora_packed: s left out of B's gradient
+- bi.dtype, scales[i])
++ bi.dtype)
+scale-twice @lora_packed: s in A's gradient twice
+- every = summed(dtail, x, torch.float32)
++ every = summed(dtail, x, torch.float32, scales[0])
 a-transposed-slot @lora_packed: A one row too far down
 - p_ptr + (below + lane)
 + p_ptr + (below + (lane + 1) % r)
@@ -299,24 +285,24 @@ mask-of-another-row @dropout: dropout by column alone
 dropout-unscaled @dropout: kept elements not scaled up
 - tl.math.div_rn(x, factor)
 + x
-dropout-on-base: dropout applied to the base layer too
-- y, tail = forward_packed(flat, p,
-+ y, tail = forward_packed(flat if branch_input is None else branch_input, p,
+dropout-on-base @lora_packed: dropout applied to the base layer too
+- return forward_packed(x, p, stack.n,
++ return forward_packed(x if branch_input is None else branch_input, p, stack.n,
 dx-unmasked @lora_packed: the branch's part of dx not masked
 - return drop(tail @ p[n:, :k], seed, dropout, onto=dy @ p[:n, :k]), tail
 + return (tail @ p[n:, :k]).addmm_(dy, p[:n, :k]), tail
-da-undropped: A's gradient from the input before dropout
-- flat = drop(flat, seed, dropout) if seed is not None and dropout else flat
-+ flat = flat
+da-undropped @lora_packed: A's gradient from the input before dropout
+- x = drop(x, seed, dropout) if seed is not None and dropout else x
++ x = x
 room-without-leave @lora_packed: columns beside x written though nobody allowed it
 - row = with_room(x, r) if tail_free else None
 + row = with_room(x, r)
-ranks-reversed: B's gradient with its ranks in reverse
-- db = summed(dy, tail[:, slot], b.dtype, scale)
-+ db = summed(dy, tail[:, slot].flip(1), b.dtype, scale)
-dbias-mean: bias gradient averaged over rows
-- dbias = dy.sum(0, dtype=torch.float32)
-+ dbias = dy.float().mean(0)
+ranks-reversed @lora_packed: B's gradient with its ranks in reverse
+- tail[:, slot], bi.dtype
++ tail[:, slot].flip(1), bi.dtype
+dbias-mean @lora_packed: bias gradient averaged over rows
+- dy[:, rows].sum(0, dtype=torch.float32)
++ dy[:, rows].float().mean(0)
 silent-fallback: the reference run in place of the kernel
 - y: Tensor = _OP(x, tensors, layout, a, b, bias, seed, scale, dropout, tail_free)
 + y: Tensor = reference(x, tensors, layout, a, b, bias, seed, scale, dropout, tail_free)

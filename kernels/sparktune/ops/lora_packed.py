@@ -142,14 +142,18 @@ class Config:
 
 def pack(
     stack: Stack, a: Sequence[Tensor | None], b: Sequence[Tensor | None], bias: Sequence[Tensor | None],
-    scales: Sequence[float], dtype: torch.dtype,
+    scales: Sequence[float], dtype: torch.dtype, weights: bool = True,
 ) -> Tensor:  # fmt: skip
-    """The buffer P [n + r, k + r] of `stack` in `dtype`: weights in their rows, sB and biases beside, A below."""
+    """The buffer P [n + r, k + r] of `stack` in `dtype`: weights in their rows, sB and biases beside, A below.
+
+    Without `weights` their place holds whatever was there, for a backward that multiplies by what lies around them only.
+    """
     n, k, r = stack.n, stack.k, stack.r
     p = torch.empty(n + r, k + r, dtype=dtype, device=stack.weights[0].device)
     for i, w in enumerate(stack.weights):
         rows, slot, last = stack.rows(i), stack.slot(i), i + 1 == len(stack.weights)
-        w.into(p[rows, :k])
+        if weights:
+            w.into(p[rows, :k])
         if r == 0:
             continue
         c = Config.choose(r)
@@ -234,6 +238,49 @@ def summed(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) 
     else:
         found = left.t().float() @ right.float()
     return found.mul_(scale).to(dtype) if scale != 1.0 else found.to(dtype)
+
+
+def forward_layers(
+    stack: Stack, x: Tensor, a: Sequence[Tensor | None], b: Sequence[Tensor | None], bias: Sequence[Tensor | None],
+    scales: Sequence[float], seed: Tensor | None, dropout: float, tail_free: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y [M, n], x' A^T [M, r]) of layers that share the input x [M, K]."""
+    p = pack(stack, a, b, bias, scales, x.dtype)
+    branch_input = drop(x, seed, dropout) if seed is not None and dropout else None
+    return forward_packed(x, p, stack.n, stack.one if stack.biased else None, branch_input, tail_free)
+
+
+def input_gradient(
+    stack: Stack, dy: Tensor, a: Sequence[Tensor | None], b: Sequence[Tensor | None], bias: Sequence[Tensor | None],
+    scales: Sequence[float], seed: Tensor | None, dropout: float, need_dx: bool, need_da: bool, row: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dx [M, K], s dy B [M, r]), each empty where nothing needs it; `row` as in `backward_packed`."""
+    if not (need_dx or need_da):
+        return dy.new_empty(0), dy.new_empty(0)
+    p = pack(stack, a, b, bias, scales, dy.dtype, weights=need_dx)
+    return backward_packed(dy, p, stack.n, need_dx, seed, dropout, row)
+
+
+def factor_gradients(
+    stack: Stack, dy: Tensor, x: Tensor, tail: Tensor, dtail: Tensor, a: Sequence[Tensor | None],
+    b: Sequence[Tensor | None], bias: Sequence[Tensor | None], scales: Sequence[float], seed: Tensor | None, dropout: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """[da, db, dbias of each layer], empty where `needs` says no, from x' A^T and s dy B; x is read once for every A."""
+    found = [dy.new_empty(0) for _ in needs]
+    every = None
+    if any(needs[::3]):
+        x = drop(x, seed, dropout) if seed is not None and dropout else x
+        every = summed(dtail, x, torch.float32)
+    for i, (ai, bi, zi) in enumerate(zip(a, b, bias, strict=True)):
+        rows, slot = stack.rows(i), stack.slot(i)
+        if ai is not None and every is not None and needs[3 * i]:
+            found[3 * i] = every[slot].to(ai.dtype, copy=True)
+        if bi is not None and needs[3 * i + 1]:
+            found[3 * i + 1] = summed(dy[:, rows], tail[:, slot], bi.dtype, scales[i])
+        if zi is not None and needs[3 * i + 2]:
+            found[3 * i + 2] = dy[:, rows].sum(0, dtype=torch.float32).to(zi.dtype)
+    return found
 
 
 def matrix(x: Tensor) -> Tensor:

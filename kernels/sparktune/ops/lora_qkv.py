@@ -25,19 +25,18 @@ import torch
 from torch import Tensor
 
 from sparktune.ops import dispatch
-from sparktune.ops.dropout import draw, drop, drop_kernel, drop_launches
+from sparktune.ops.dropout import draw, drop_kernel, drop_launches
 from sparktune.ops.fused import Fused
 from sparktune.ops.lora_linear import branch, check, judged_weight, lora_inputs, weight_inputs
 from sparktune.ops.lora_packed import (
     Stack,
     adapter_kernel,
     adapter_launches,
-    backward_packed,
+    factor_gradients,
     flatten,
-    forward_packed,
+    forward_layers,
+    input_gradient,
     matrix,
-    pack,
-    summed,
     unflatten,
 )  # fmt: skip
 from sparktune.ops.spec import FLOATS, Input, Law, Mutant, OpSpec, Outputs, Problem, Tensors
@@ -74,10 +73,7 @@ def _forward(
     """([q | k | v], x A^T of all three)."""
     a, b, z = (aq, ak, av), (bq, bk, bv), (zq, zk, zv)
     stack = _stack(weights, layout, a, z)
-    p = pack(stack, a, b, z, scales, x.dtype)
-    flat = matrix(x)
-    branch_input = drop(flat, seed, dropout) if seed is not None and dropout else None
-    y, tail = forward_packed(flat, p, stack.n, stack.one if stack.biased else None, branch_input, tail_free)
+    y, tail = forward_layers(stack, matrix(x), a, b, z, scales, seed, dropout, tail_free)
     return y.view(*x.shape[:-1], stack.n), tail
 
 
@@ -89,25 +85,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, then da, db, dbias of q, of k and of v)."""
     a, b, z = (aq, ak, av), (bq, bk, bv), (zq, zk, zv)
-    stack = _stack(weights, layout, a, z)
-    dy = matrix(dy)
-    dx, dtail = backward_packed(dy, pack(stack, a, b, z, scales, x.dtype), stack.n, needs[0], seed, dropout)
-    dx = dx.view(x.shape) if needs[0] else dx
-    flat = matrix(x)
-    flat = drop(flat, seed, dropout) if seed is not None and dropout else flat
-    found = []
-    for i in range(3):
-        rows, slot = stack.rows(i), stack.slot(i)
-        da, db, dz = (dy.new_empty(0) for _ in range(3))
-        ai, bi, zi = a[i], b[i], z[i]
-        if ai is not None and needs[1 + 3 * i]:
-            da = summed(dtail[:, slot], flat, ai.dtype)
-        if bi is not None and needs[2 + 3 * i]:
-            db = summed(dy[:, rows], tail[:, slot], bi.dtype, scales[i])
-        if zi is not None and needs[3 + 3 * i]:
-            dz = dy[:, rows].sum(0, dtype=torch.float32).to(zi.dtype)
-        found += [da, db, dz]
-    return dx, *found  # type: ignore[return-value]
+    stack, dy = _stack(weights, layout, a, z), matrix(dy)
+    dx, dtail = input_gradient(stack, dy, a, b, z, scales, seed, dropout, needs[0], any(needs[1::3]))
+    found = factor_gradients(stack, dy, matrix(x), tail, dtail, a, b, z, scales, seed, dropout, needs[1:])
+    return dx.view(x.shape) if needs[0] else dx, *found  # type: ignore[return-value]
 
 
 GRADS = ("x", "aq", "bq", "zq", "ak", "bk", "zk", "av", "bv", "zv")
@@ -189,7 +170,8 @@ def _reference(t: Tensors, p: Problem, compute: torch.dtype | None) -> Outputs:
     found = {}
     for i, name in enumerate("qkv"):
         w = weights[i].reference(p.dtype).to(compute or p.dtype)
-        found[name] = branch(t["x"], w, *each[3 * i : 3 * i + 3], seed, SCALES[i], dropout)
+        a, b, z = each[3 * i : 3 * i + 3]
+        found[name] = branch(t["x"], w, a, b, z, seed, SCALES[i], dropout)
     return found
 
 
@@ -211,38 +193,35 @@ MUTANTS = Mutant.table(
     """slots-shared @lora_packed: all layers take the first layer's ranks
 - first = sum(self.ranks[:i])
 + first = 0 * i
-scales-first: q's scale for all three
+scales-first @lora_packed: q's scale for all three
 - tail[:, slot], bi.dtype, scales[i])
 + tail[:, slot], bi.dtype, scales[0])
 scale-order: scales in reverse
-- p = pack(stack, a, b, z, scales, x.dtype)
-+ p = pack(stack, a, b, z, scales[::-1], x.dtype)
-v-for-k: B's gradients of k and v exchanged
+- a, b, z, scales, seed, dropout, tail_free)
++ a, b, z, scales[::-1], seed, dropout, tail_free)
+v-for-k: k's and v's B exchanged in the backward
 - a, b, z = (aq, ak, av), (bq, bk, bv), (zq, zk, zv)
--     stack = _stack(weights, layout, a, z)
--     dy = matrix(dy)
+-     stack, dy
 + a, b, z = (aq, ak, av), (bq, bv, bk), (zq, zk, zv)
-+     stack = _stack(weights, layout, a, z)
-+     dy = matrix(dy)
-first-rows: every B's gradient from q's rows
-- db = summed(dy[:, rows],
-+ db = summed(dy[:, : rows.stop - rows.start],
-da-of-all: A's gradient from all ranks' neighbours
-- da = summed(dtail[:, slot], flat, ai.dtype)
-+ da = summed(dtail[:, slot].roll(1, 1), flat, ai.dtype)
-bias-rows: bias gradient from q's rows
-- dz = dy[:, rows].sum(0
-+ dz = dy[:, : rows.stop - rows.start].sum(0
-bias-forgotten: biases left out where the first layer has none
-- stack.one if stack.biased else None, branch_input
-+ stack.one if stack.biased and False else None, branch_input
++     stack, dy
+first-rows @lora_packed: every B's gradient from q's rows
+- summed(dy[:, rows], tail
++ summed(dy[:, : rows.stop - rows.start], tail
+da-of-all @lora_packed: A's gradient from all ranks' neighbours
+- every[slot].to(ai.dtype, copy=True)
++ every.roll(1, 0)[slot].to(ai.dtype, copy=True)
+bias-rows @lora_packed: bias gradient from q's rows
+- dy[:, rows].sum(0
++ dy[:, : rows.stop - rows.start].sum(0
+bias-forgotten @lora_packed: biases left out
+- stack.one if stack.biased else None
++ None
 bleeding @lora_packed: q's rows meet the ranks of k and v
 - mine = (lane >= slot) & (lane < slot + rank)
 + mine = (lane >= slot) & (lane < slot + rank + 1)
-da-undropped: A's gradients from the input before dropout
--     flat = drop(flat, seed, dropout) if seed is not None and dropout else flat
--     found = []
-+     found = []
+da-undropped @lora_packed: A's gradients from the input before dropout
+- x = drop(x, seed, dropout) if seed is not None and dropout else x
++ x = x
 split-order: k and v exchanged in the result
 - q, k, v = y.split([w.shape[0] for w in weights], -1)
 + q, v, k = y.split([w.shape[0] for w in weights], -1)
