@@ -77,12 +77,16 @@ def with_lora(model):
 def test_every_module_is_patched_and_its_op_runs(folder):
     model = load(folder)
     report = patch_model(model)
-    assert report.counts == {"rms_norm": 5, "swiglu": 2, "nf4": 14}
+    assert report.counts == {"rms_norm": 5, "swiglu": 2, "dequantize_4bit": 14}
     assert report.left == {}
     dispatch.reset()
     model(ids())
     way = "triton" if DEVICE == "cuda" else ("interpreter" if dispatch.INTERPRETED else "reference")
-    assert {op: counts[way] for op, counts in dispatch.watermarks().items()} == {"rms_norm": 5, "swiglu": 2, "nf4": 14}
+    assert {op: counts[way] for op, counts in dispatch.watermarks().items()} == {
+        "rms_norm": 5,
+        "swiglu": 2,
+        "dequantize_4bit": 14,
+    }
 
 
 def test_loss_and_gradients_are_those_of_the_model_unpatched(folder):
@@ -145,10 +149,10 @@ def test_what_can_not_be_patched_is_listed_with_its_reason(folder):
     report = patch_model(model)
     assert report.left == {
         "model.layers.0.mlp": "swiglu: its activation is GELU, not SiLU",
-        "model.layers.0.self_attn.q_proj": "nf4: its format is fp4, not nf4",
+        "model.layers.0.self_attn.q_proj": "dequantize_4bit: its format is fp4, not nf4",
         "model.layers.0.input_layernorm": "rms_norm: its forward is already replaced on the instance",
     }
-    assert report.counts == {"rms_norm": 4, "swiglu": 1, "nf4": 13}
+    assert report.counts == {"rms_norm": 4, "swiglu": 1, "dequantize_4bit": 13}
     assert "3 left" in str(report) or "left" in str(report)
 
 
@@ -156,7 +160,9 @@ def test_weights_that_are_not_quantised_yet_are_left():
     layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4")
     model = LlamaForCausalLM(config(num_hidden_layers=1))
     model.model.layers[0].self_attn.q_proj = layer
-    assert patch_model(model).left == {"model.layers.0.self_attn.q_proj": "nf4: its weight is not quantised yet"}
+    assert patch_model(model).left == {
+        "model.layers.0.self_attn.q_proj": "dequantize_4bit: its weight is not quantised yet"
+    }
 
 
 def test_the_fast_model_by_the_names_users_know(folder, tmp_path):
@@ -166,7 +172,7 @@ def test_the_fast_model_by_the_names_users_know(folder, tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(folder)
     model, _ = FastLanguageModel.from_pretrained(folder)
     model = FastLanguageModel.get_peft_model(model, r=4)
-    assert FastLanguageModel.report(model).counts["nf4"] == 14
+    assert FastLanguageModel.report(model).counts["dequantize_4bit"] == 14
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
