@@ -1,1 +1,1 @@
-"""`sparkproof bench ops`: every op beside its peers, at the shapes of real models, on this device."""
+"""`sparkproof bench ops`: what other libraries' ops take on this GPU, beside this project's, in one run."""

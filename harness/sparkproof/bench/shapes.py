@@ -1,11 +1,9 @@
-"""What is measured: each op at each model's sizes, and how many bytes or operations that takes at least."""
+"""The rows of `sparkproof bench ops`: which ops, at the shapes of which models, over how many tokens. Data: shapes.toml."""
 
 from __future__ import annotations
 
 import functools
-import math
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Literal
@@ -16,186 +14,108 @@ from sparkproof.catalog import nearest
 from sparkproof.errors import UserError
 from sparkproof.results import Strict
 
-Pass = Literal["forward", "backward", "step"]
-Shape = tuple[int, int]
-BYTES = 2  # an element of the activations: bf16
-MATRIX = ("linear_cross_entropy", "lora_linear", "lora_qkv", "lora_mlp")
-# A loss's gradient is computed in its forward by some engines and in its backward by others: only both together compare.
-STEP = ("cross_entropy", "linear_cross_entropy")
-NO_GRADIENT = ("dequantize_4bit", "adamw8bit")
-CHUNK = 4096  # rows of logits at a time in the bare product of the head
+Pass = Literal["forward", "backward", "forward+backward", "step"]
+QUICK_MODEL, QUICK_TOKENS = "llama", 4096
 
 
 class Model(Strict):
-    """Sizes of one model."""
+    """The sizes of one model that its ops' shapes follow from."""
 
     name: str
     hidden: int
     intermediate: int
+    layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    layers: int
     vocab: int
-    norm: Literal["llama", "gemma"] = Field(description="Rounding order of its norms.")
-    activation: Literal["silu", "gelu_tanh"]
-    qk_norm: bool
     eps: float
+    norm: Literal["llama", "gemma"] = "llama"
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    qk_norm: bool = False
     source: str
 
-    def linear(self, part: str) -> Shape:
-        """[out, in] of a projection."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q": (q, self.hidden),
-            "k": (kv, self.hidden),
-            "v": (kv, self.hidden),
-            "o": (self.hidden, q),
-            "gate": (self.intermediate, self.hidden),
-            "up": (self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
-        }[part]
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Projection -> [out, in]."""
+        h, i, q, kv = self.hidden, self.intermediate, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q), "gate": (i, h), "up": (i, h), "down": (h, i)}
 
 
-@dataclass(frozen=True)
-class Case:
-    """One op at one model's sizes; `tokens` is 0 where they don't matter, `part` names a projection."""
+class Kind(Strict):
+    """One op, or one part of a model that it runs on."""
 
     op: str
-    model: Model
-    tokens: int
-    rank: int
     part: str = ""
+    bound: Literal["memory", "matrix"] = "memory"
+    passes: list[Pass] = Field(default=["forward", "backward"])
+    needs: Literal["", "qk_norm", "silu", "gelu_tanh"] = ""
+    once: bool = False
 
-    @property
-    def name(self) -> str:
-        """For people, and unique."""
-        words = [self.op, self.part, "of", self.model.name, f"{self.tokens} tokens" if self.tokens else ""]
-        return " ".join(w for w in words if w)
-
-    @property
-    def bound(self) -> Literal["memory", "matrix"]:
-        """What limits it."""
-        return "matrix" if self.op in MATRIX else "memory"
-
-    @property
-    def passes(self) -> tuple[Pass, ...]:
-        """What is timed apart."""
-        if self.op in STEP:
-            return ("step",)
-        return ("forward",) if self.op in NO_GRADIENT else ("forward", "backward")
-
-    @property
-    def adapters(self) -> list[Shape]:
-        """[rows, columns] of all LoRA tensors of the model, all seven projections."""
-        shapes = [self.model.linear(p) for p in ("q", "k", "v", "o", "gate", "up", "down")]
-        return [s for n, k in shapes for s in ((self.rank, k), (n, self.rank))] * self.model.layers
-
-    def bytes_moved(self, which: Pass) -> int:
-        """Bytes read and written at least, of a memory-bound op."""
-        m, t = self.model, self.tokens
-        row, backward = t * m.hidden * BYTES, which == "backward"
-        heads = t * (m.heads + m.kv_heads) * m.head_dim * BYTES
-        gate = t * m.intermediate * BYTES
-        match self.op:
-            case "rms_norm":
-                return (3 if backward else 2) * row
-            case "add_rms_norm":
-                return 4 * row
-            case "rope":
-                return 2 * heads
-            case "qk_norm_rope":
-                return (3 if backward else 2) * heads
-            case "swiglu" | "geglu":
-                return (5 if backward else 3) * gate
-            case "cross_entropy":
-                return 2 * t * m.vocab * BYTES
-            case "dequantize_4bit":
-                elements = math.prod(m.linear(self.part))
-                return elements * BYTES + elements // 2 + elements // 64
-            case "adamw8bit":  # parameter, gradient and two 8-bit moments read; all but the gradient written
-                return sum(map(math.prod, self.adapters)) * (4 + 4 + 2 + 4 + 2)
-        raise KeyError(self.op)
-
-    def products(self, which: Pass) -> list[tuple[int, int, int]]:
-        """[rows, in, out] of the matrix products that no one can avoid: those of the frozen weights."""
-        m, t = self.model, self.tokens
-        match self.op:
-            case "linear_cross_entropy":
-                rows = [min(CHUNK, t - first) for first in range(0, t, CHUNK)]
-                return [p for r in rows for p in ((r, m.hidden, m.vocab), (r, m.vocab, m.hidden))]
-            case "lora_linear":
-                shapes = [m.linear(self.part)]
-            case "lora_qkv":
-                q, kv = m.linear("q"), m.linear("k")
-                shapes = [(q[0] + 2 * kv[0], q[1])]
-            case "lora_mlp":
-                gate = m.linear("gate")
-                shapes = [(2 * gate[0], gate[1]), m.linear("down")]
-            case _:
-                raise KeyError(self.op)
-        return [(t, n, k) if which == "backward" else (t, k, n) for n, k in shapes]
+    def suits(self, model: Model) -> bool:
+        """Whether the model has such an op."""
+        return self.needs in ("", model.activation) or (self.needs == "qk_norm" and model.qk_norm)
 
 
 class Shapes(Strict):
-    """The whole of shapes.toml."""
+    """The whole file."""
 
     tokens: list[int]
     rank: int
     models: dict[str, Model]
+    case: list[Kind]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table; `tokens` is 0 where they make no difference."""
+
+    kind: Kind
+    model: Model
+    tokens: int
+
+    @property
+    def title(self) -> str:
+        """What a person calls it."""
+        part = f" {self.kind.part}" if self.kind.part else ""
+        return f"{self.kind.op}{part}, {self.model.name}" + (f", {self.tokens} tokens" if self.tokens else "")
 
 
 @functools.cache
 def shapes() -> Shapes:
-    """Read once."""
-    text = resources.files(__package__).joinpath("shapes.toml").read_text(encoding="utf-8")
-    return Shapes.model_validate(tomllib.loads(text))
+    """The data file."""
+    return Shapes.model_validate(tomllib.loads(resources.files(__package__).joinpath("shapes.toml").read_text("utf-8")))
 
 
-OPS: dict[str, tuple[str, ...]] = {  # op -> the projections that it is measured on
-    "rms_norm": ("",),
-    "add_rms_norm": ("",),
-    "rope": ("",),
-    "qk_norm_rope": ("",),
-    "swiglu": ("",),
-    "geglu": ("",),
-    "cross_entropy": ("",),
-    "linear_cross_entropy": ("",),
-    "dequantize_4bit": ("q", "gate", "down"),
-    "lora_linear": ("q", "down"),
-    "lora_qkv": ("",),
-    "lora_mlp": ("",),
-    "adamw8bit": ("",),
-}
+def ops() -> list[str]:
+    """Names of the ops, in the table's order."""
+    return list(dict.fromkeys(k.op for k in shapes().case))
 
 
-def cases(ops: Sequence[str] = (), models: Sequence[str] = (), tokens: Sequence[int] = ()) -> list[Case]:
-    """All that apply, in the order in which they are measured. Errors: UserError for an unknown op or model."""
-    known = shapes()
-    for kind, asked, names in (("op to measure", ops, list(OPS)), ("model", models, list(known.models))):
-        for name in asked:
-            if name not in names:
-                raise UserError(f"There is no {kind} called '{name}'.", nearest(name, names))
+def find_model(name: str) -> str:
+    """The key of a model named by key or by full name. Errors: UserError."""
+    known = shapes().models
+    for key, model in known.items():
+        if name.lower() in (key, model.name.lower()):
+            return key
+    raise UserError(f"There are no shapes of a model '{name}'.", nearest(name, [m.name for m in known.values()]))
+
+
+def rows(only_ops: list[str], models: list[str], tokens: list[int], quick: bool = False) -> list[Row]:
+    """The rows asked for, a model at a time; empty lists mean all. Errors: UserError for a name that is not known."""
+    s = shapes()
+    for op in only_ops:
+        if op not in ops():
+            raise UserError(f"No op '{op}' is measured.", nearest(op, ops()))
     if any(t < 1 for t in tokens):
-        raise UserError("--tokens must be 1 or more.")
-    found: list[Case] = []
-    for index, t in enumerate(tokens or known.tokens):
-        for key in models or known.models:
-            m = known.models[key]
-            for op in OPS:
-                if (ops and op not in ops) or not _has(m, op) or (op in NO_GRADIENT and index):
-                    continue
-                at = 0 if op in NO_GRADIENT else t
-                found += [Case(op, m, at, known.rank, part) for part in OPS[op]]
+        raise UserError("--tokens must be 1 or more.", "For instance --tokens 4096.")
+    keys = [find_model(m) for m in models] or ([QUICK_MODEL] if quick else list(s.models))
+    counts = tokens or ([QUICK_TOKENS] if quick else s.tokens)
+    found = []
+    for model in (s.models[k] for k in dict.fromkeys(keys)):
+        for kind in s.case:
+            if kind.suits(model) and (not only_ops or kind.op in only_ops):
+                found += [Row(kind, model, t) for t in ([0] if kind.once else dict.fromkeys(counts))]
+    if not found:
+        raise UserError("None of these models has any of these ops.", "Leave --op or --model out.")
     return found
-
-
-def _has(m: Model, op: str) -> bool:
-    """Whether the model computes this op: each has one kind of gate, and rotates with or without a norm."""
-    without = {
-        "rope": m.qk_norm,
-        "qk_norm_rope": not m.qk_norm,
-        "swiglu": m.activation != "silu",
-        "geglu": m.activation == "silu",
-    }
-    return not without.get(op, False)

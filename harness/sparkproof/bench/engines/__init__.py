@@ -1,55 +1,46 @@
-"""What is measured beside each other: one file an engine, each a table of builders.
+"""What is measured: one file an engine, each with `BUILDERS` (op -> how to build a call), and why an op is missing.
 
-A builder takes a case and one set of inputs (`bench.inputs`) and gives a call without arguments, whose results are a
-tuple of tensors in the layout of the inputs. What an engine has no op for stands in its `ABSENT`, with the reason.
+A file has `BUILDERS: dict[str, Builder]`; `WRITES`: ops whose calls write over their inputs, gradients or what they saved,
+so that they get copies of their own; `MISSING`: op -> why the engine has none; `refusal()`: why it can't run here, or "".
+Builders import what they call themselves, so that an op that is not there breaks its own row alone. A call takes one set of
+inputs and gives its outputs as a tuple, heads as [batch, tokens, heads, head_dim] whatever the library's own order is.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import importlib.metadata
+import importlib.util
+from types import ModuleType
 
-from sparkproof.bench.inputs import Builder
-
-NAMES = ("sparktune", "hf", "compiled", "liger", "unsloth")  # Unsloth last: its import changes what others imported
-TITLES = {
+NAMES = ("sparktune", "hf", "compiled", "liger", "unsloth")  # Unsloth last: importing it changes other libraries
+WORDS = {
     "sparktune": "sparktune",
-    "hf": "transformers, PEFT and bitsandbytes",
-    "compiled": "torch.compile of those",
+    "hf": "transformers, PEFT, bitsandbytes",
+    "compiled": "the same under torch.compile",
     "liger": "Liger-Kernel",
     "unsloth": "Unsloth",
 }
+PACKAGES = {"sparktune": "", "hf": "transformers", "compiled": "torch", "liger": "liger_kernel", "unsloth": "unsloth"}
 
 
-@dataclass(frozen=True)
-class Engine:
-    """One engine, or why it can't be had here."""
-
-    name: str
-    builders: dict[str, Builder] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
-    missing: str = ""
-    version: str = ""
-    notes: tuple[str, ...] = ()
-
-    def without(self, op: str) -> str:
-        """Why it has no row of this op; empty where it has one."""
-        if self.missing:
-            return self.missing
-        return "" if op in self.builders else self.absent.get(op, "it has no such op")
+def load(name: str) -> ModuleType:
+    """An engine's file; imports nothing of the library itself."""
+    return importlib.import_module(f"{__name__}.{name}")
 
 
-def load(names: Sequence[str] = NAMES) -> list[Engine]:
-    """The named engines in their order; one that fails to import says so."""
-    found = []
-    for name in NAMES:
-        if name not in names:
-            continue
-        try:
-            module = importlib.import_module(f"{__name__}.{name}")
-            notes = tuple(getattr(module, "NOTES", ()))
-            found.append(Engine(name, module.BUILDERS, getattr(module, "ABSENT", {}), "", module.version(), notes))
-        except Exception as e:  # whatever an import of another's package raises, the others are measured
-            found.append(Engine(name, missing=f"{type(e).__name__}: {str(e).strip()[:300]}"))
-    return found
+def refusal(name: str) -> str:
+    """Why an engine can't be measured here, or ""."""
+    package = PACKAGES[name]
+    if package and importlib.util.find_spec(package) is None:
+        return f"{WORDS[name]} is not installed (no package {package})"
+    return str(load(name).refusal())
+
+
+def version(name: str) -> str:
+    """The version of its package, or ""."""
+    package = PACKAGES[name] or "sparkproof"
+    try:
+        return importlib.metadata.version(package.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return ""

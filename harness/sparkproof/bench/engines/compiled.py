@@ -1,45 +1,35 @@
-"""torch.compile of what transformers and PEFT compute, static shapes, one graph an op."""
+"""What hf.py calls, under torch.compile with static shapes: what a user gets for one line."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
+from sparkproof.bench.cases import Call, Case
 from sparkproof.bench.engines import hf
-from sparkproof.bench.inputs import Builder, Forward, Inputs
-from sparkproof.bench.shapes import Case
+
+WRITES: frozenset[str] = frozenset()
+MISSING = {
+    "dequantize_4bit": "bitsandbytes' kernel is one call, which torch.compile leaves as it is",
+    "adamw8bit": "bitsandbytes' optimiser is a call into its library, which torch.compile leaves as it is",
+}
 
 
-def version() -> str:
-    """PyTorch's."""
-    return f"torch {torch.__version__}"
+def refusal() -> str:
+    """Why torch.compile has no back end here, or ""."""
+    return "" if torch.cuda.is_available() else "torch.compile is measured on a GPU only"
 
 
-_last: tuple[Case, Any] | None = None  # compiled once for all sets of inputs of a case
+def _compiled(build: Callable[[Case], Call]) -> Callable[[Case], Call]:
+    def builder(case: Case) -> Call:
+        torch._dynamo.reset()  # each row's function has the same code; past a few recompilations dynamo gives up
+        found: Call = torch.compile(build(case), dynamic=False)
+        return found
+
+    return builder
 
 
-def _compiled(case: Case) -> Any:
-    global _last
-    if _last is None or _last[0] != case:
-        torch._dynamo.reset()
-        function = hf.FUNCTIONS[case.op]
-
-        def call(t: Inputs) -> tuple[Tensor, ...]:
-            return function(case, t)
-
-        _last = case, torch.compile(call, dynamic=False)
-    return _last[1]
-
-
-def _build(case: Case, t: Inputs) -> Forward:
-    call = _compiled(case)
-    return lambda: call(t)
-
-
-BUILDERS: dict[str, Builder] = dict.fromkeys(hf.FUNCTIONS, _build)
-ABSENT = {
-    "dequantize_4bit": "bitsandbytes' kernel is one call that a compiler can't change",
-    "adamw8bit": "bitsandbytes' optimiser is no part of a graph",
+BUILDERS: dict[str, Callable[[Case], Call]] = {
+    op: _compiled(build) for op, build in hf.BUILDERS.items() if op not in MISSING
 }

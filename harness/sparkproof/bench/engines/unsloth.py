@@ -1,210 +1,170 @@
-"""Unsloth's own ops, by their public functions, with what its import changes elsewhere put back.
+"""Unsloth's kernels by their public functions, called as its patched models call them.
 
-`import unsloth` replaces functions of transformers, PEFT, bitsandbytes and PyTorch and sets options of the compiler. The
-other engines stand in the same process, so these are noted before and restored after; NOTES names what had changed.
+Importing it replaces parts of transformers, PEFT and bitsandbytes; hf.py keeps those first and puts them back after.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
+import functools
 import os
-from importlib import metadata, util
-from types import SimpleNamespace
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparkproof.bench.inputs import PROJECTIONS, Builder, Forward, Inputs
-from sparkproof.bench.shapes import Case
+from sparkproof.bench.cases import Call, Case, norm_like
+from sparkproof.bench.engines import hf
 
-WATCHED = (
-    ("bitsandbytes", "matmul_4bit"),
-    ("bitsandbytes.functional", "dequantize_4bit"),
-    ("bitsandbytes.nn.Linear4bit", "forward"),
-    ("peft.tuners.lora.bnb.Linear4bit", "forward"),
-    ("torch.nn.functional", "cross_entropy"),
-    ("torch.nn.functional", "linear"),
-    ("torch.nn.functional", "silu"),
-    ("torch.nn.functional", "gelu"),
-    ("torch", "compile"),
-    ("transformers.models.llama.modeling_llama", "apply_rotary_pos_emb"),
-)
+MISSING = {"adamw8bit": "Unsloth uses bitsandbytes' optimiser, which is measured as hf"}
+# Its norms write the gradient over the one they were given, its activations over what forward saved.
+WRITES = frozenset({"rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "cross_entropy"})
+replaced: list[str] = []  # what its import changed in the libraries that are measured as hf, put back since
 
 
-def version() -> str:
-    """The package's."""
-    return metadata.version("unsloth")
+def refusal() -> str:
+    """Why it can't be imported here, or ""."""
+    return "" if torch.cuda.is_available() else "Unsloth refuses to be imported without a GPU"
 
 
-def _owner(path: str) -> Any:
-    module, _, rest = path, "", ""
-    if path.rpartition(".")[2][:1].isupper():
-        module, _, rest = path.rpartition(".")
-    owner = importlib.import_module(module)
-    return getattr(owner, rest) if rest else owner
+@functools.cache
+def kernels() -> Any:
+    """`unsloth.kernels`, imported once, with what that changed elsewhere put back."""
+    for name in ("UNSLOTH_DISABLE_STATISTICS", "UNSLOTH_DISABLE_AUTO_UPDATES", "HF_HUB_OFFLINE"):
+        os.environ.setdefault(name, "1")
+    hf.capture()
+    try:
+        import unsloth  # noqa: F401
+        import unsloth.kernels as found
+    finally:
+        replaced.extend(hf.restore())
+    return found
 
 
-def _import() -> tuple[str, ...]:
-    """Import Unsloth and undo what it did to others; returns what that was."""
-    if util.find_spec("unsloth") is None:
-        raise ImportError("the package unsloth is not installed")
-    if not torch.cuda.is_available():
-        raise ImportError("unsloth can only be imported where there is a GPU")
-    import torch._dynamo.config as dynamo
-    import torch._inductor.config as inductor
-
-    before = []
-    for path, name in WATCHED:
-        with contextlib.suppress(ImportError, AttributeError):
-            owner = _owner(path)
-            before.append((owner, path, name, getattr(owner, name)))
-    options = [(c, c.get_config_copy()) for c in (dynamo, inductor)]
-    precision = torch.get_float32_matmul_precision()
-    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    importlib.import_module("unsloth")
-    changed = []
-    for owner, path, name, value in before:
-        if getattr(owner, name) is not value:
-            setattr(owner, name, value)
-            changed.append(f"{path}.{name}")
-    for config, was in options:
-        for key, value in was.items():
-            with contextlib.suppress(Exception):
-                if getattr(config, key) != value:
-                    setattr(config, key, value)
-                    changed.append(f"{config.__name__}.{key}")
-    if torch.get_float32_matmul_precision() != precision:
-        torch.set_float32_matmul_precision(precision)
-        changed.append("the precision of fp32 products")
-    return tuple(changed)
+def _norm_of(case: Case, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    norm, gemma = norm_like(case, weight), case.model.norm == "gemma"
+    fast = kernels().fast_rms_layernorm
+    return lambda x: fast(norm, x, gemma=gemma, reuse_grad=True)
 
 
-CHANGED = _import()
-K: Any = importlib.import_module("unsloth.kernels")
-LORA: Any = importlib.import_module("unsloth.kernels.fast_lora")
-NOTES = (f"Importing Unsloth changed these, which were put back: {', '.join(CHANGED) or 'none of those watched'}.",)
+def _rms_norm(case: Case) -> Call:
+    norm = _norm_of(case, case.shared["weight"])
+    return lambda t: (norm(t["x"]),)
 
 
-def _like_norm(case: Case, weight: Tensor) -> Any:
-    return SimpleNamespace(weight=weight, variance_epsilon=case.model.eps, eps=case.model.eps)
+def _add_rms_norm(case: Case) -> Call:
+    # Its fused addition is for inference; in training its layers add, then norm.
+    norm = _norm_of(case, case.shared["weight"])
 
-
-def _norm(case: Case, x: Tensor, weight: Tensor) -> Tensor:
-    y: Tensor = K.fast_rms_layernorm(_like_norm(case, weight), x, gemma=case.model.norm == "gemma")
-    return y
-
-
-def _rms_norm(case: Case, t: Inputs) -> Forward:
-    return lambda: (_norm(case, t["x"], t["weight"]),)
-
-
-def _add_rms_norm(case: Case, t: Inputs) -> Forward:
-    def call() -> tuple[Tensor, ...]:
+    def call(t: dict[str, Any]) -> tuple[Tensor, Tensor]:
         s = t["residual"] + t["x"]
-        return _norm(case, s, t["weight"]), s
+        return norm(s), s
 
     return call
 
 
-def _turn(q: Tensor, k: Tensor, t: Inputs) -> tuple[Tensor, ...]:
-    q, k = K.fast_rope_embedding(q.transpose(1, 2), k.transpose(1, 2), t["cos"], t["sin"])
-    return q.transpose(1, 2), k.transpose(1, 2)
+def _rope(case: Case) -> Call:
+    fast = kernels().fast_rope_embedding
+    cos, sin = case.shared["cos_doubled"][0], case.shared["sin_doubled"][0]
 
-
-def _rope(case: Case, t: Inputs) -> Forward:
-    return lambda: _turn(t["q"], t["k"], t)
-
-
-def _qk_norm_rope(case: Case, t: Inputs) -> Forward:
-    if case.model.norm == "gemma":
-        return lambda: _turn(_norm(case, t["q"], t["q_weight"]), _norm(case, t["k"], t["k_weight"]), t)
-    fused = importlib.import_module("unsloth.kernels.qk_norm_rope").fast_qk_norm_rope
-    norms = [_like_norm(case, t[f"{n}_weight"]) for n in ("q", "k")]
-
-    def call() -> tuple[Tensor, ...]:
-        q, k = fused(*norms, t["q"], t["k"], t["cos"], t["sin"])
+    def call(t: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        q, k = fast(t["q"].transpose(1, 2), t["k"].transpose(1, 2), cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2)
 
     return call
 
 
-class _Gated(torch.autograd.Function):
-    """Unsloth calls these two kernels inside its MLP; here they stand alone. The backward writes over what it reads."""
+def _qk_norm_rope(case: Case) -> Call:
+    kernels()
+    cos, sin = case.shared["cos_doubled"][0], case.shared["sin_doubled"][0]
+    if case.model.norm == "gemma":  # its fused op has no (1 + weight); Gemma's layers norm, then turn
+        q_norm, k_norm = (_norm_of(case, case.shared[f"{n}_weight"]) for n in ("q", "k"))
+        turn = _rope(case)
+        return lambda t: turn({"q": q_norm(t["q"]), "k": k_norm(t["k"])})
+    from unsloth.kernels.qk_norm_rope import fast_qk_norm_rope
 
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, forward: Any, backward: Any) -> Tensor:
-        ctx.kept, ctx.run = (gate, up), backward
-        y: Tensor = forward(gate[None], up[None])[0]
-        return y
+    norms = [norm_like(case, case.shared[f"{n}_weight"]) for n in ("q", "k")]
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gate, up = ctx.kept
-        _, df, de = ctx.run(dy, gate, up)  # down's input again, the gradient of up, that of gate
-        return de, df, None, None
-
-
-def _swiglu(case: Case, t: Inputs) -> Forward:
-    pair = K.swiglu_fg_kernel, K.swiglu_DWf_DW_dfg_kernel
-    return lambda: (_Gated.apply(t["gate"], t["up"], *pair),)
-
-
-def _geglu(case: Case, t: Inputs) -> Forward:
-    pair = K.geglu_approx_forward_kernel, K.geglu_approx_backward_kernel
-    return lambda: (_Gated.apply(t["gate"], t["up"], *pair),)
-
-
-def _cross_entropy(case: Case, t: Inputs) -> Forward:
-    return lambda: (K.fast_cross_entropy_loss(t["logits"][None], t["labels"][None]),)
-
-
-def _linear_cross_entropy(case: Case, t: Inputs) -> Forward:
-    loss = importlib.import_module("unsloth_zoo.fused_losses.cross_entropy_loss").unsloth_fused_ce_loss
-
-    def call() -> tuple[Tensor, ...]:
-        return (loss(None, t["x"][None], t["head"], None, t["labels"][None], shift_labels=False),)
+    def call(t: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        q, k = fast_qk_norm_rope(*norms, t["q"], t["k"], cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2)
 
     return call
 
 
-def _dequantize_4bit(case: Case, t: Inputs) -> Forward:
-    return lambda: (K.fast_dequantize(t["w"].data, t["w"].quant_state),)
+def _glu(forward: str, backward: str) -> Callable[[Case], Call]:
+    def builder(case: Case) -> Call:
+        run, back = getattr(kernels(), forward), getattr(kernels(), backward)
+
+        class Activation(torch.autograd.Function):
+            """Its two kernels as one differentiable call; backward's overwrites gradient, gate and up."""
+
+            @staticmethod
+            def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+                ctx.save_for_backward(gate, up)
+                y: Tensor = run(gate, up)
+                return y
+
+            @staticmethod
+            def backward(ctx: Any, dy: Tensor) -> Any:
+                flat = [x.view(-1, x.shape[-1]) for x in (dy, *ctx.saved_tensors)]  # forward's takes three dimensions
+                _, d_up, d_gate = back(*flat)
+                return d_gate.view(dy.shape), d_up.view(dy.shape)
+
+        def call(t: dict[str, Any]) -> tuple[Tensor]:
+            gate, up = (t[n].view(1, *t[n].shape) for n in ("gate", "up"))
+            y: Tensor = Activation.apply(gate, up)
+            return (y.view(t["gate"].shape),)
+
+        return call
+
+    return builder
 
 
-def _lora(case: Case, t: Inputs) -> Forward:
-    parts = PROJECTIONS.get(case.op, (case.part,))
-    tensors = [v for p in parts for v in (t[p], t[p].quant_state, t[f"{p}_a"], t[f"{p}_b"], 1.0)]
-    x = t["x"][None]
-
-    def call() -> tuple[Tensor, ...]:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            if case.op == "lora_linear":
-                return (LORA.LoRA_W.apply(x, *tensors)[0],)
-            if case.op == "lora_qkv":
-                return tuple(y[0] for y in LORA.LoRA_QKV.apply(x, *tensors, False))
-            silu = case.model.activation == "silu"
-            pair = (K.swiglu_fg_kernel, K.swiglu_DWf_DW_dfg_kernel)
-            if not silu:
-                pair = (K.geglu_approx_forward_kernel, K.geglu_approx_backward_kernel)
-            return (LORA.LoRA_MLP.apply(x, *tensors, *pair, False)[0],)
-
-    return call
+def _cross_entropy(case: Case) -> Call:
+    fast = kernels().fast_cross_entropy_loss
+    return lambda t: (fast(t["logits"][None], t["labels"][None]),)
 
 
-BUILDERS: dict[str, Builder] = {
-    "rms_norm": _rms_norm,
-    "add_rms_norm": _add_rms_norm,
-    "rope": _rope,
-    "qk_norm_rope": _qk_norm_rope,
-    "swiglu": _swiglu,
-    "geglu": _geglu,
-    "cross_entropy": _cross_entropy,
-    "linear_cross_entropy": _linear_cross_entropy,
-    "dequantize_4bit": _dequantize_4bit,
-    "lora_linear": _lora,
-    "lora_qkv": _lora,
-    "lora_mlp": _lora,
-}
-ABSENT = {"adamw8bit": "Unsloth has no optimiser of its own: it takes bitsandbytes'"}
+def _linear_cross_entropy(case: Case) -> Call:
+    kernels()
+    from unsloth_zoo.fused_losses.cross_entropy_loss import unsloth_fused_ce_loss
+
+    weight = case.shared["weight"]
+    fixed = {"trainer": None, "lm_head_weight": weight, "lm_head_bias": None, "shift_labels": False}
+    return lambda t: (unsloth_fused_ce_loss(hidden_states=t["hidden"][None], labels=t["labels"][None], **fixed),)
+
+
+def _dequantize_4bit(case: Case) -> Call:
+    fast = kernels().fast_dequantize
+    return lambda t: (fast(t["packed"], t["state"]),)
+
+
+def _lora_linear(case: Case) -> Call:
+    layer = getattr(case.shared["module"], f"{case.row.kind.part}_proj")
+    fast, holder = kernels().apply_lora_o, types.SimpleNamespace(o_proj=layer)
+    return lambda t: (fast(holder, t["x"]),)
+
+
+def _lora_qkv(case: Case) -> Call:
+    fast, module = kernels().apply_lora_qkv, case.shared["module"]
+    return lambda t: tuple(fast(module, t["x"], inplace=False))  # in place, a repeat would read its own gradient as x
+
+
+def _lora_mlp(case: Case) -> Call:
+    module = case.shared["module"]
+    if case.model.activation != "silu":
+        geglu = kernels().apply_lora_mlp_geglu_approx
+        return lambda t: (geglu(module, t["x"].clone()),)  # writes dX over x and has no switch for it
+    fast = kernels().apply_lora_mlp_swiglu
+    return lambda t: (fast(module, t["x"], inplace=False),)
+
+
+BUILDERS: dict[str, Callable[[Case], Call]] = {
+    "rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "rope": _rope, "qk_norm_rope": _qk_norm_rope,
+    "swiglu": _glu("swiglu_fg_kernel", "swiglu_DWf_DW_dfg_kernel"),
+    "geglu": _glu("geglu_approx_forward_kernel", "geglu_approx_backward_kernel"),
+    "cross_entropy": _cross_entropy, "linear_cross_entropy": _linear_cross_entropy,
+    "dequantize_4bit": _dequantize_4bit, "lora_linear": _lora_linear, "lora_qkv": _lora_qkv, "lora_mlp": _lora_mlp,
+}  # fmt: skip
