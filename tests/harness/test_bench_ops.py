@@ -11,12 +11,13 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from sparkproof.bench import cases, engines, guard, ops, shapes, views, warm
+from sparkproof.bench import cases, engines, guard, intervals, ops, shapes, views, warm
 from sparkproof.bench.document import Canary, Document, EngineInfo, EngineTime, Interval, PassTimes, bench_schema
 from sparkproof.bench.engines import hf, sparktune
 from sparkproof.bench.shapes import Model, Row
 from sparkproof.cli import app, main
 from sparkproof.errors import UserError
+from sparkproof.judge import stats
 from typer.testing import CliRunner
 
 CPU = torch.device("cpu")
@@ -336,6 +337,22 @@ def test_what_an_import_replaced_is_put_back() -> None:
         assert modeling_llama.LlamaRMSNorm.forward is right and hf.restore() == []
     finally:
         modeling_llama.LlamaRMSNorm.forward = right
+
+
+@pytest.mark.parametrize("n", [1, 3, 5, 25])
+def test_counted_intervals_are_the_drawn_ones(n: int) -> None:
+    over = [1 + 0.01 * ((37 * i) % 29) for i in range(n)]
+    under = [2 + 0.02 * ((17 * i) % 23) for i in range(5)]
+    assert sum(intervals.weights(n)) == pytest.approx(1)
+    for counted, drawn in (
+        (intervals.median(over), stats.median(over)),
+        (intervals.ratio(over, under), stats.ratio(over, under)),
+    ):
+        assert counted.value == drawn.value
+        assert counted.low == pytest.approx(drawn.low, abs=0.011) and counted.high == pytest.approx(
+            drawn.high, abs=0.011
+        )
+    assert intervals.median([1.0, 2.0]) == stats.median([1.0, 2.0])
 
 
 def test_workers_share_all_rows_and_one_has_the_large_ones() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import statistics
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkproof.bench import cases, engines, guard
+from sparkproof.bench import cases, engines, guard, intervals
 from sparkproof.bench.cases import Call, Case, Inputs
 from sparkproof.bench.document import Canary, Document, EngineInfo, EngineTime, Interval, LeftOut, PassTimes, RowTimes
 from sparkproof.bench.shapes import Pass, Row
@@ -136,16 +137,16 @@ class Bench:
             if name not in status:
                 continue
             s = status[name]
-            s.ms, s.samples = Interval.of(stats.median(t.samples)), t.samples
+            s.ms, s.samples = Interval.of(intervals.median(t.samples)), t.samples
             s.method, s.call_us = t.method, round(t.call_us, 1)  # type: ignore[assignment]
             s.note = "; ".join(n for n in (t.reason, alone) if n)
             if best:
-                s.fraction = Interval.of(stats.ratio(sticks[best], t.samples))
+                s.fraction = Interval.of(intervals.ratio(sticks[best], t.samples))
             if size:
-                s.big_copy_fraction = Interval.of(stats.ratio([size / ms / 1e6 for ms in t.samples], copy_gb_s))
+                s.big_copy_fraction = Interval.of(intervals.ratio([size / ms / 1e6 for ms in t.samples], copy_gb_s))
         found = PassTimes(
             which=which, bytes=size, flops=flops, yardstick=best or "none", engines=list(status.values()),
-            yardstick_ms=Interval.of(stats.median(sticks[best])) if best else None,
+            yardstick_ms=Interval.of(intervals.median(sticks[best])) if best else None,
         )  # fmt: skip
         judge(found)
         return found
@@ -277,7 +278,7 @@ def judge(found: PassTimes) -> None:
     if OURS not in timed or not peers:
         return
     best = min(peers.values(), key=lambda e: statistics.median(e.samples))
-    speedup = stats.ratio(best.samples, timed[OURS].samples)
+    speedup = intervals.ratio(best.samples, timed[OURS].samples)
     found.best_peer, found.speedup = best.name, Interval.of(speedup)
     found.verdict = "no difference" if speedup.spans(1.0) else "faster" if speedup.value > 1 else "slower"
     found.sentence = stats.verdict(speedup, engines.WORDS[best.name])
@@ -322,9 +323,9 @@ def measure(wanted: Sequence[Row], names: Sequence[str], budget: float, progress
     ]
     notes = []
     present = [i.name for i in infos if not i.missing]
-    with warm.started([r for r in wanted], present, min(150.0, budget / 3), progress) as warming:
-        hf.capture() if "hf" in present or "unsloth" in present else None
+    with warm.started([r for r in wanted], present, min(150.0, 0.45 * budget), progress) as warming:
         if "unsloth" in present:
+            hf.capture()
             from sparkproof.bench.engines import unsloth
 
             try:
@@ -334,6 +335,8 @@ def measure(wanted: Sequence[Row], names: Sequence[str], budget: float, progress
             if unsloth.replaced:
                 notes.append("Put back after Unsloth's import replaced it: " + ", ".join(unsloth.replaced) + ".")
         notes += warming.wait()
+    gc.collect()
+    gc.freeze()  # each row collects; what was imported need not be looked through every time
     before = copy_bandwidth(properties)
     bench = Bench(clock, device, names, budget, progress=progress, started=started)
     rows, left_out = bench.rows(wanted, before)
@@ -343,5 +346,5 @@ def measure(wanted: Sequence[Row], names: Sequence[str], budget: float, progress
         device=torch.cuda.get_device_name(device), multiprocessors=properties.sm_count, l2_bytes=properties.l2_bytes,
         software=software(), engines=infos, trusted=abs(drift) <= CANARY_BAND, rows=rows, left_out=left_out, notes=notes,
         canary=Canary(before=before, after=after, drift=drift, band=CANARY_BAND),
-        copy_gb_s=Interval.of(stats.median(before)), seconds=round(time.monotonic() - started, 1),
+        copy_gb_s=Interval.of(intervals.median(before)), seconds=round(time.monotonic() - started, 1),
     )  # fmt: skip

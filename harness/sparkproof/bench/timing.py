@@ -11,7 +11,9 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +22,7 @@ import torch
 TARGET_MS = 10.0  # a sample
 MOST_CALLS = 128  # in one graph; a short one is replayed more often
 EAGER_CALLS = 10
+SLOW_CALL = 0.005  # seconds; a call that takes longer is tried less often before it is timed
 Run = Callable[[int], Any]
 
 
@@ -101,7 +104,8 @@ class GpuClock:
         """The driver's copy, and an elementwise kernel's, which the faster one is depends on the size."""
         half, count = max(16, size // 2 // 16 * 16), self.sets(size)
         pairs = [
-            [torch.zeros(half // 4, dtype=torch.int32, device=self.device) for _ in range(2)] for _ in range(count)
+            [torch.empty(half // 4, dtype=torch.int32, device=self.device).random_() for _ in range(2)]
+            for _ in range(count)
         ]
 
         def driver(i: int) -> None:
@@ -116,34 +120,59 @@ class GpuClock:
 
     def timer(self, run: Run, sets: int) -> Replay:
         """Capture as many calls as a sample takes."""
-        for i in range(3):
+        for i in range(2):
             run(i)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for i in range(EAGER_CALLS):
-            run(i)
-        issued = time.perf_counter()
+        run(2)
         torch.cuda.synchronize()
-        call_us = 1e6 * (issued - start) / EAGER_CALLS
-        estimate = 1e3 * (time.perf_counter() - start) / EAGER_CALLS
+        eager = EAGER_CALLS if time.perf_counter() - start < SLOW_CALL else 2
+        start = time.perf_counter()
+        for i in range(eager):
+            run(i)
+        call_us = 1e6 * (time.perf_counter() - start) / eager
+        torch.cuda.synchronize()
+        estimate = 1e3 * (time.perf_counter() - start) / eager
         calls = min(MOST_CALLS, max(sets, math.ceil(TARGET_MS / max(1e-3, estimate))))
         calls = max(sets, calls // sets * sets)
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                for i in range(calls):
-                    run(i)
+            graph = self._capture(run, calls, sets)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as e:
             torch.cuda.synchronize()
-            reason = f"not captured: {type(e).__name__}: {str(e).splitlines()[0][:160]}"
+            reason = f"not captured: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}"
             return Replay(run, max(1, math.ceil(TARGET_MS / estimate)), None, 1, "events", reason, call_us)
-        found = Replay(None, calls, graph, 1, "graph", "", call_us)
+        found = Replay(run, calls, graph, 1, "graph", "", call_us)
         found.sample()
         once = found.sample() * calls
         found.replays = max(1, math.ceil(TARGET_MS / max(1e-3, once)))
         return found
+
+    def _capture(self, run: Run, calls: int, sets: int) -> Any:
+        """One graph. By hand: `torch.cuda.graph` also collects garbage and empties the cache, which takes longer than it all.
+
+        The results of as many calls as there are sets stay until others are made, so that what a call writes is not
+        found in L2 either: a result that is dropped at once has its memory written again by the next call.
+        """
+        graph = torch.cuda.CUDAGraph()
+        kept: deque[Any] = deque(maxlen=sets)
+        torch.cuda.synchronize()
+        gc.disable()  # what is collected meanwhile may synchronise, which ends a capture
+        try:
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                for i in range(calls):
+                    kept.append(run(i))
+            except BaseException:
+                with suppress(Exception):
+                    graph.capture_end()
+                raise
+            kept.clear()
+            graph.capture_end()
+        finally:
+            gc.enable()
+        return graph
 
 
 def free_memory() -> None:

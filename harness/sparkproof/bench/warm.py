@@ -63,7 +63,7 @@ def started(rows: Sequence[Row], names: Sequence[str], seconds: float, progress)
     found: list[subprocess.Popen[bytes]] = []
     if "compiled" in wanted and len(rows) > 2:
         progress("compiling ahead")
-        environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+        environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
         for share in shares(rows, workers):
             task = json.dumps(
                 {"rows": [[r.kind.model_dump(), r.model.model_dump(), r.tokens] for r in share], "engines": wanted}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 
 import typer
@@ -52,7 +54,8 @@ def ops(
     err = Console(stderr=True)
     with only_run("bench ops"):
         limit = budget if budget is not None else (90.0 if quick else float("inf"))
-        document = run.measure(rows, names, limit, lambda line: err.print(escape(line), highlight=False))
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries print is none of the document
+            document = run.measure(rows, names, limit, lambda line: err.print(escape(line), highlight=False))
     if out is not None:
         write(document, out)
     if json_out:

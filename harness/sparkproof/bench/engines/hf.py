@@ -6,10 +6,13 @@ back, so that what is measured under this name is what these libraries ship.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo.config
+import torch._inductor.config
 from torch import Tensor, nn
 
 from sparkproof.bench.cases import LR, Call, Case
@@ -17,6 +20,8 @@ from sparkproof.bench.cases import LR, Call, Case
 WRITES: frozenset[str] = frozenset()
 MISSING: dict[str, str] = {}
 _kept: list[tuple[Any, str, Any]] = []
+_options: list[tuple[Any, dict[str, Any]]] = []  # of the compiler, which Unsloth sets for the whole process
+_precision: list[str] = []
 
 
 def refusal() -> str:
@@ -44,10 +49,13 @@ def capture() -> None:
         (bnb.functional, ("dequantize_4bit",)),
         (bnb.nn.Linear4bit, ("forward",)),
         (getattr(lora_bnb, "Linear4bit", None), ("forward",)),
-        (nn.functional, ("cross_entropy", "linear")),
+        (nn.functional, ("cross_entropy", "linear", "silu", "gelu")),
+        (torch, ("compile",)),
     ):
         if owner is not None:
             _kept.extend((owner, name, getattr(owner, name)) for name in names)
+    _options.extend((c, c.get_config_copy()) for c in (torch._dynamo.config, torch._inductor.config))
+    _precision.append(torch.get_float32_matmul_precision())
 
 
 def restore() -> list[str]:
@@ -58,15 +66,26 @@ def restore() -> list[str]:
             setattr(owner, name, value)
             module = f"{owner.__module__}." if isinstance(owner, type) else ""
             found.append(f"{module}{owner.__name__}.{name}")
+    for config, was in _options:
+        for name, value in was.items():
+            with contextlib.suppress(Exception):  # some options refuse to be read, or to be set
+                if getattr(config, name) != value:
+                    setattr(config, name, value)
+                    found.append(f"{config.__name__}.{name}")
+    for precision in _precision:
+        if torch.get_float32_matmul_precision() != precision:
+            torch.set_float32_matmul_precision(precision)
+            found.append("the precision of fp32 products")
     return found
 
 
 def norm_module(case: Case, weight: Tensor) -> nn.Module:
     """The model's own norm class, with a frozen weight."""
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    kind: Any = Gemma3RMSNorm if case.model.norm == "gemma" else LlamaRMSNorm
+    kind: Any
+    if case.model.norm == "gemma":  # whose file takes seconds to import
+        from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm as kind
+    else:
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm as kind
     module: nn.Module = kind(weight.shape[0], eps=case.model.eps)
     module.weight = nn.Parameter(weight, requires_grad=False)
     return module

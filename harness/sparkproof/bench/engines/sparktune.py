@@ -69,7 +69,12 @@ def _linear_cross_entropy(case: Case) -> Call:
     from sparktune.ops.linear_cross_entropy import linear_cross_entropy
 
     weight = case.shared["weight"]
-    return lambda t: (linear_cross_entropy(t["hidden"], weight, t["labels"]),)
+
+    def call(t: dict[str, Any]) -> tuple[torch.Tensor]:
+        found: Any = linear_cross_entropy(t["hidden"], weight, t["labels"])
+        return (found[0] if isinstance(found, tuple) else found,)  # the loss, then what each row's is
+
+    return call
 
 
 def _dequantize_4bit(case: Case) -> Call:
