@@ -117,13 +117,14 @@ def adapter_kernel(
         to = p_ptr + (first_row + row) * width + k + lane[None, :]
         tl.store(to, cast(value, dtype), mask=here & (lane < r)[None, :])
     else:
+        # Other names than above: Triton 3.6 wants a variable to have one shape in both branches.
         col = ((program - b_programs) * TILE + tl.arange(0, TILE)).to(tl.int64)[None, :]
-        value = tl.zeros((R_BLOCK, TILE), tl.float32)
+        under = tl.zeros((R_BLOCK, TILE), tl.float32)
         if LORA:
-            at = a_ptr + (lane - slot).to(tl.int64)[:, None] * a_row + col * a_col
-            value = tl.load(at, mask=mine[:, None] & (col < k), other=0.0).to(tl.float32)
-        to = p_ptr + (below + lane).to(tl.int64)[:, None] * width + col
-        tl.store(to, cast(value, dtype), mask=((lane >= slot) & (lane < last))[:, None] & (col < k))
+            a_at = a_ptr + (lane - slot).to(tl.int64)[:, None] * a_row + col * a_col
+            under = tl.load(a_at, mask=mine[:, None] & (col < k), other=0.0).to(tl.float32)
+        p_at = p_ptr + (below + lane).to(tl.int64)[:, None] * width + col
+        tl.store(p_at, cast(under, dtype), mask=((lane >= slot) & (lane < last))[:, None] & (col < k))
 
 
 @dataclass(frozen=True)
