@@ -146,6 +146,17 @@ def test_ours_agrees_with_transformers_peft_and_bitsandbytes(r: Row) -> None:
     guard.check(guard.run(case, hf.BUILDERS[r.kind.op](case), inputs), reference)
 
 
+def test_hf_runs_peft_layers_over_nested_nf4() -> None:
+    pytest.importorskip("bitsandbytes")
+    from peft.tuners.lora.bnb import Linear4bit
+
+    module = cases.build(row("lora_qkv"), CPU).shared["module"]
+    assert isinstance(module.q_proj, Linear4bit)
+    base, (a, b), scale = module.lora("k")
+    assert base.weight.quant_state.nested and base.weight.quant_state.quant_type == "nf4"
+    assert a.dtype == b.dtype == torch.float32 and scale == 1.0 and b.abs().sum() > 0
+
+
 def test_the_guard_refuses_wrong_outputs_and_wrong_gradients() -> None:
     case = cases.build(row("swiglu"), CPU)
     inputs = case.make(0)

@@ -213,6 +213,7 @@ class Projections(nn.Module):
         from peft import LoraConfig, inject_adapter_in_model
 
         super().__init__()
+        self.is_loaded_in_4bit = True  # where PEFT looks before it takes its 4-bit layers
         self.act_fn = nn.SiLU() if activation == "silu" else nn.GELU(approximate="tanh")
         for j, (name, (n, k)) in enumerate(linears.items()):
             layer = bnb.nn.Linear4bit(

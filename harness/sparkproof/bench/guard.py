@@ -45,15 +45,15 @@ def gradients_for(outputs: tuple[Tensor, ...], seed: int = 5) -> list[Tensor]:
     return found
 
 
-def run(case: Case, call: Call, inputs: Inputs) -> Right:
-    """One call and its gradient, on a copy of the inputs."""
-    mine = own(inputs)
+def run(case: Case, call: Call, inputs: Inputs | None = None) -> Right:
+    """One call and its gradient, on a copy of the inputs; without any on the first set, made anew, since logits are large."""
+    mine = case.make(0) if inputs is None else own(inputs)
     outputs = called(case, call, mine)
     kept = tuple(y.detach().clone() for y in outputs)
     gradient = None
     if case.grads:
         through = [y for y in outputs if y.requires_grad]
-        gradient = torch.autograd.grad(through, mine[case.grads[0]], gradients_for(outputs))[0].clone()
+        gradient = torch.autograd.grad(through, mine[case.grads[0]], gradients_for(outputs))[0]
     return Right(kept, gradient)
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,14 +84,13 @@ class Bench:
 
     def _calls(self, case: Case, refused: dict[str, str]) -> tuple[dict[str, EngineTime], dict[str, Call]]:
         """Build each engine's call and hold it to the reference; what can't be timed has its reason instead."""
-        inputs = case.make(0)
         status: dict[str, EngineTime] = {}
         calls: dict[str, Call] = {}
         op, reference, why = case.row.kind.op, None, ""
         try:
             from sparkproof.bench.engines import hf
 
-            reference = guard.run(case, case.reference or hf.BUILDERS[op](case), inputs)
+            reference = guard.run(case, case.reference or hf.BUILDERS[op](case))
         except Exception as e:
             why = f"the reference itself failed: {_said(e)}"
         for name in self.names:
@@ -101,7 +101,7 @@ class Bench:
                 continue
             try:
                 call = file.BUILDERS[op](case)
-                right = guard.run(case, call, inputs)
+                right = guard.run(case, call)
                 if reference is None:
                     raise guard.WrongResult(why)
                 errors = guard.check(right, reference)
@@ -168,10 +168,9 @@ class Bench:
         self, builders: dict[str, Callable[[], tuple[Run, int]]]
     ) -> tuple[dict[str, Timed], dict[str, str], str]:
         """(name -> samples, name -> why it failed, a note): engines take turns, or go one by one where memory wants it."""
-        try:
+        with suppress(OUT_OF_MEMORY):
             return *self._turns(builders, patient=False), ""
-        except OUT_OF_MEMORY:
-            free_memory()
+        free_memory()  # not in an except clause, where the traceback still holds what did not fit
         timed: dict[str, Timed] = {}
         failed: dict[str, str] = {}
         for name, build in builders.items():

@@ -101,13 +101,12 @@ def main() -> None:
         row = Row(Kind.model_validate(kind), Model.model_validate(model), tokens)
         with contextlib.suppress(Exception):
             case = cases.build(row, device)
-            inputs = case.make(0)
             for name in task["engines"]:
                 with contextlib.suppress(Exception):
                     build = engines.load(name).BUILDERS.get(row.kind.op)
                     if build is not None:
-                        guard.run(case, build(case), inputs)
-        case = inputs = None  # type: ignore[assignment]
+                        guard.run(case, build(case))
+        case = None  # type: ignore[assignment]
         free_memory()
 
 
