@@ -2,14 +2,16 @@ r"""RMSNorm, in the rounding orders of Llama and of Gemma.
 
 Forward, for a row x of N elements, weight w, r = 1 / sqrt(mean(x^2) + eps), all in fp32 until stated:
 
-    llama:  y = w * round_x(x r)                  the normalised row is rounded to x's dtype before the weight
-    multiplies it gemma:  y = round_x(x r (1 + w))              the weight is stored less one, and only the product is
-    rounded
+    llama:  y = w * round_x(x r)        the normalised row is rounded to x's dtype before the weight multiplies it
+    gemma:  y = round_x(x r (1 + w))    the weight is stored less one, and only the product is rounded
 
 Backward, with the normalised row h = x r, the gain v = w (llama) or 1 + w (gemma) and g = dy v:
 
     dx = r (g - h mean(g h))
     dw = sum over rows of dy round_x(h) (llama)  or  dy h (gemma)
+
+With `room`, y is a view with row stride N + room of a buffer whose further columns nobody has written: a following
+product with a LoRA puts y A^T there and multiplies both by one matrix of N + room rows.
 
 The projection h mean(g h) is the derivative of r: scaling a row does not change y (but for eps), so dx has no part
 along x.
@@ -51,9 +53,10 @@ def reference(
     weight: torch.Tensor,
     eps: float = 1e-6,
     variant: str = "llama",
+    room: int = 0,
     compute: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Plain PyTorch, in the same rounding order; the oracle is this with float64 tensors and compute=float64."""
+    """Plain PyTorch, in the same rounding order; `room` changes no values. Oracle: float64 throughout."""
     h = x.to(compute)
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     if variant == "gemma":
@@ -79,12 +82,13 @@ def _gain(w_ptr, cols, mask, GEMMA: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    x_ptr, w_ptr, y_ptr, r_ptr, n, x_stride, eps, GEMMA: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, w_ptr, y_ptr, r_ptr, n, x_stride, y_stride, eps,
+    GEMMA: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row a program: y and r. SINGLE: the row fits one block and stays in registers."""
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * x_stride
-    y_row = y_ptr + row * n
+    y_row = y_ptr + row * y_stride
     cols = tl.arange(0, BLOCK)
     if SINGLE:
         x = tl.load(x_row + cols, mask=cols < n, other=0.0).to(tl.float32)
@@ -178,21 +182,21 @@ class Config:
         return cls(block, n <= block, warps, min(m, resident) if backward else m)
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float, variant: str) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, weight: Tensor, eps: float, variant: str, room: int) -> tuple[Tensor, Tensor]:
     """(y, r)."""
-    gemma = variant == "gemma"
-    y = torch.empty(x.shape, dtype=x.dtype if gemma else torch.promote_types(x.dtype, weight.dtype), device=x.device)
-    n = x.shape[-1]
+    gemma, n = variant == "gemma", x.shape[-1]
+    dtype = x.dtype if gemma else torch.promote_types(x.dtype, weight.dtype)
+    y = torch.empty((*x.shape[:-1], n + room), dtype=dtype, device=x.device)
     m = x.numel() // n if n else 0
     r = torch.empty(m, dtype=torch.float32, device=x.device)
     if m:
         flat = dispatch.rows(x)
         c = Config.choose(m, n, DeviceProperties.of(x.device), backward=False)
         dispatch.launch(
-            forward_kernel, c.programs, x, flat, weight.contiguous(), y, r, n, flat.stride(0), eps,
+            forward_kernel, c.programs, x, flat, weight.contiguous(), y, r, n, flat.stride(0), n + room, eps,
             GEMMA=gemma, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
         )  # fmt: skip
-    return y, r
+    return (y[..., :n] if room else y), r
 
 
 def _backward(
@@ -224,11 +228,14 @@ _OP = Fused(
 )  # fmt: skip
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, variant: str = "llama") -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, variant: str = "llama", room: int = 0
+) -> torch.Tensor:
     """RMSNorm of the last dimension: x [..., N], weight [N] -> [..., N]. Differentiable once, in x and weight.
 
-    Strides are free; an output gradient with stride 0 too. Errors: ValueError for shapes that don't fit, an unknown
-    variant, a dtype other than fp32, bf16, fp16, or tensors on different devices.
+    y has row stride N + room. Strides of what comes in are free; an output gradient with stride 0 too. Errors:
+    ValueError for shapes that don't fit, an unknown variant, a negative room, a dtype other than fp32, bf16, fp16, or
+    tensors on different devices.
     """
     if x.dim() == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight must be [{x.shape[-1] if x.dim() else 'N'}], got {list(weight.shape)}")
@@ -236,7 +243,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, variant: 
         raise ValueError(f"rms_norm: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     if x.dtype not in FLOATS or weight.dtype not in FLOATS:
         raise ValueError(f"rms_norm: x and weight must be fp32, bf16 or fp16, got {x.dtype} and {weight.dtype}")
-    y: Tensor = _OP(x, weight, eps, variant)
+    if room < 0:
+        raise ValueError(f"rms_norm: room must not be negative, got {room}")
+    y: Tensor = _OP(x, weight, eps, variant, room)
     return y
 
 
@@ -270,11 +279,11 @@ def _tail(t: Tensors, p: Problem) -> tuple[Tensors, Problem]:
 
 
 def _reference(t: Tensors, p: Problem, compute: torch.dtype | None) -> torch.Tensor:
-    return reference(t["x"], t["weight"], p.scalars["eps"], p.variant, compute or torch.float32)
+    return reference(t["x"], t["weight"], p.scalars["eps"], p.variant, compute=compute or torch.float32)
 
 
 def _call(t: Tensors, p: Problem) -> torch.Tensor:
-    return rms_norm(t["x"], t["weight"], p.scalars["eps"], p.variant)
+    return rms_norm(t["x"], t["weight"], p.scalars["eps"], p.variant, p.dims.get("room", 0))
 
 
 def _doubled(call: Any, t: Tensors, p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,7 +307,8 @@ def _launches(p: DeviceProperties) -> list[Launch]:
                     flags = {"GEMMA": variant == "gemma", "SINGLE": c.single, "BLOCK": c.block}
                     if need_dw is None:
                         name, where = "forward_kernel", "forward"
-                        args = dict(x_ptr=ptr, w_ptr=ptr, y_ptr=ptr, r_ptr="*fp32", n="i32", x_stride="i32", eps="fp32")
+                        args = dict(x_ptr=ptr, w_ptr=ptr, y_ptr=ptr, r_ptr="*fp32", n="i32")
+                        args |= dict(x_stride="i32", y_stride="i32", eps="fp32")
                     else:
                         name, where = "backward_kernel", "backward" + (", weight trained" if need_dw else "")
                         args = dict(dy_ptr=ptr, x_ptr=ptr, w_ptr=ptr, r_ptr="*fp32", dx_ptr=ptr, dw_ptr="*fp32")
@@ -368,8 +378,11 @@ dx-over-dy: dx written over the caller's output gradient
 dx-over-x: dx written over the saved input
 - dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 + dx = x.detach() if x.is_contiguous() else torch.empty_like(x)
+room-overlaps: rows of y laid out as if there were no room
+- flat.stride(0), n + room, eps,
++ flat.stride(0), n, eps,
 silent-fallback: the reference run in place of the kernel
-- y: Tensor = _OP(x, weight, eps, variant)
+- y: Tensor = _OP(x, weight, eps, variant, room)
 + y: Tensor = reference(x, weight, eps, variant)
 """
 )
@@ -381,8 +394,8 @@ OP = OpSpec(
     dtypes=FLOATS,
     sizes={
         "typical": {"rows": 5, "columns": 192},
-        "prime": {"rows": 7, "columns": 211},
-        "batched": {"batch": 2, "rows": 3, "columns": 64},
+        "prime": {"rows": 7, "columns": 211, "room": 16},
+        "batched": {"batch": 2, "rows": 3, "columns": 64, "room": 8},
         "wide": {"rows": 3, "columns": 8209},
         "one": {"rows": 1, "columns": 1},
         "no rows": {"rows": 0, "columns": 64},

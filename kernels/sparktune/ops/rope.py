@@ -27,8 +27,8 @@ Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embeddin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from sparktune.ops import dispatch
 from sparktune.ops.fused import Fused
+from sparktune.ops.head_problems import head_bytes, head_inputs, heads_of, rows_of, table_inputs, tail
 from sparktune.ops.numerics import cast
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
 
@@ -153,10 +154,11 @@ class Config:
     ELEMENTS = 4096  # most in one tile: 32 a thread at 4 warps, so 4 loads of 16 bytes in bf16
 
     @classmethod
-    def choose(cls, q_heads: int, k_heads: int, head_dim: int, rotary: int) -> Config:
-        """Tiles of all heads, up to ELEMENTS elements."""
+    def choose(cls, q_heads: int, k_heads: int, head_dim: int, rotary: int, elements: int = ELEMENTS) -> Config:
+        """Tiles of all heads, up to `elements` elements."""
         half, rest = triton.next_power_of_2(rotary // 2), triton.next_power_of_2(max(1, head_dim - rotary))
-        most = max(1, cls.ELEMENTS // max(2 * half, rest))
+        fit = max(1, elements // (2 * half + (rest if head_dim > rotary else 0)))
+        most = 1 << (fit.bit_length() - 1)  # a power of two
         q, k = (min(most, triton.next_power_of_2(max(1, h))) for h in (q_heads, k_heads))
         return cls(half, rest, q, k, 4)
 
@@ -254,54 +256,6 @@ def rope(
     return q, k
 
 
-def table_inputs(dims: Any) -> dict[str, Input]:
-    """cos, sin and positions of a judged problem: a table of `length` rows, in documents of random order."""
-    half, length = dims["rotary"] // 2, dims.get("length", 64)
-    dtype = {32: torch.int32, 64: torch.int64}.get(dims.get("positions", 64))
-
-    def table(function: Any) -> Any:
-        def make(g: torch.Generator) -> Tensor:
-            return function(torch.rand(length, half, generator=g) * 6.3) * 1.19  # an attention scaling, as yarn has
-
-        return make
-
-    def positions(g: torch.Generator) -> Tensor:
-        return torch.randint(0, length, (dims["rows"],), generator=g).to(dtype)
-
-    # Each is made by a generator of its own, so they are of different angles; a kernel must not care.
-    found = {
-        "cos": Input((length, half), torch.float32, "constant", make=table(torch.cos), layouts=False),
-        "sin": Input((length, half), torch.float32, "constant", make=table(torch.sin), layouts=False),
-    }
-    return found if dtype is None else found | {"positions": Input((dims["rows"],), dtype, "constant", make=positions)}
-
-
-def head_inputs(p: Problem) -> dict[str, Input]:
-    """q and k as matrices with a token in each row, so that rows can be sliced, transposed and far apart.
-
-    `gap`: columns between heads that belong to none.
-    """
-    d = p.dims["head_dim"] + p.dims.get("gap", 0)
-    return {
-        k: Input((p.dims["rows"], p.dims[n] * d), p.dtype, grad=True) for k, n in (("q", "heads"), ("k", "kv_heads"))
-    }
-
-
-def heads_of(t: Tensors, p: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q and k as [B, S, heads, D] views, and positions as [B, S]."""
-    batch, d = p.dims.get("batch", 1), p.dims["head_dim"]
-    shape = batch, p.dims["rows"] // batch
-    q, k = (
-        t[n].unflatten(1, (p.dims[h], -1)).unflatten(0, shape)[..., :d] for n, h in (("q", "heads"), ("k", "kv_heads"))
-    )
-    return q, k, t["positions"].unflatten(0, shape) if "positions" in t else None
-
-
-def rows_of(q: Tensor, k: Tensor) -> Tensors:
-    """[B, S, heads, D] as matrices again."""
-    return {"q": q.flatten(0, 1).flatten(1), "k": k.flatten(0, 1).flatten(1)}
-
-
 def _inputs(p: Problem) -> dict[str, Input]:
     return head_inputs(p) | table_inputs(p.dims)
 
@@ -319,17 +273,6 @@ def _reference(t: Tensors, p: Problem, compute: torch.dtype | None) -> Tensors:
 def _exact(t: Tensors, p: Problem, slack: float) -> tuple[Tensors, Tensors]:
     out = {k: v.detach() for k, v in _reference(t, p, None).items()}  # nothing transcendental, so no slack
     return out, out
-
-
-def tail(t: Tensors, p: Problem) -> tuple[Tensors, Problem]:
-    """The last four tokens."""
-    part = {"q": t["q"][-4:], "k": t["k"][-4:], "positions": t["positions"][-4:]}
-    return {**t, **part}, replace(p, dims={**p.dims, "rows": 4})
-
-
-def head_bytes(p: Problem, which: Literal["forward", "backward"]) -> int:
-    """q and k read and written."""
-    return 2 * p.dims["rows"] * (p.dims["heads"] + p.dims["kv_heads"]) * p.dims["head_dim"] * p.dtype.itemsize
 
 
 def _moved(call: Any, t: Tensors, p: Problem) -> tuple[Tensor, Tensor]:
@@ -437,10 +380,10 @@ OP = OpSpec(
     variants=VARIANTS,
     dtypes=FLOATS,
     sizes={
-        "typical": {"rows": 5, "heads": 4, "kv_heads": 2, "head_dim": 16, "rotary": 16},
-        "partial": {"rows": 6, "batch": 2, "heads": 3, "kv_heads": 1, "head_dim": 20, "rotary": 12, "positions": 32, "gap": 4},
+        "typical": {"rows": 3, "heads": 4, "kv_heads": 2, "head_dim": 16, "rotary": 16},
+        "partial": {"rows": 4, "batch": 2, "heads": 3, "kv_heads": 1, "head_dim": 20, "rotary": 12, "positions": 32, "gap": 4},
         "head 96": {"rows": 3, "heads": 1, "kv_heads": 1, "head_dim": 96, "rotary": 96, "positions": 0},
-        "batched": {"rows": 6, "batch": 3, "heads": 2, "kv_heads": 2, "head_dim": 80, "rotary": 32, "positions": 0},
+        "batched": {"rows": 4, "batch": 2, "heads": 2, "kv_heads": 2, "head_dim": 80, "rotary": 32, "positions": 0},
         "many heads": {"rows": 2, "heads": 40, "kv_heads": 33, "head_dim": 128, "rotary": 128},
         "no rows": {"rows": 0, "heads": 2, "kv_heads": 1, "head_dim": 8, "rotary": 8},
         "far": {"rows": 3, "heads": 2, "kv_heads": 1, "head_dim": 16, "rotary": 16},
