@@ -80,6 +80,11 @@ def drop(x: Tensor, seed: Tensor, dropout: float, onto: Tensor | None = None) ->
     return y
 
 
+def under(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+    """x [M, K] under the mask; x itself where there is none."""
+    return drop(x, seed, dropout) if seed is not None and dropout else x
+
+
 def drop_launches() -> list[Launch]:
     """Forward and backward in each dtype."""
     found = []

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from sparktune.ops import dispatch
-from sparktune.ops.dropout import draw, drop_kernel, drop_launches, dropped
+from sparktune.ops.dropout import draw, drop_kernel, drop_launches, dropped, under
 from sparktune.ops.fused import Fused
 from sparktune.ops.lora_packed import (
     Stack,
@@ -86,8 +86,8 @@ def _forward(
     seed: Tensor | None, scale: float, dropout: float, tail_free: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, x' A^T)."""
-    stack = _stack(weight, layout, a, bias)
-    y, tail = forward_layers(stack, matrix(x), [a], [b], [bias], [scale], seed, dropout, tail_free)
+    stack, flat = _stack(weight, layout, a, bias), matrix(x)
+    y, tail = forward_layers(stack, flat, [a], [b], [bias], [scale], under(flat, seed, dropout), tail_free)
     return y.view(*x.shape[:-1], stack.n), tail
 
 
@@ -98,9 +98,9 @@ def _backward(
     """(dx, da, db, dbias)."""
     stack, dy = _stack(weight, layout, a, bias), matrix(dy)
     dx, dtail = input_gradient(stack, dy, [a], [b], [bias], [scale], seed, dropout, needs[0], needs[1])
-    da, db, dbias = factor_gradients(
-        stack, dy, matrix(x), tail, dtail, [a], [b], [bias], [scale], seed, dropout, needs[1:]
-    )  # fmt: skip
+    flat = matrix(x)
+    flat = under(flat, seed, dropout) if needs[1] else flat
+    da, db, dbias = factor_gradients(stack, dy, flat, tail, dtail, [a], [b], [bias], [scale], needs[1:])
     return dx.view(x.shape) if needs[0] else dx, da, db, dbias
 
 
@@ -190,7 +190,7 @@ def lora_inputs(n: int, k: int, rank: int, dtype: torch.dtype, suffix: str = "")
 
 def _inputs(p: Problem) -> dict[str, Input]:
     m, n, k, r = (p.dims[d] for d in ("rows", "n", "k", "rank"))
-    found = {"x": Input((m, k), p.dtype, grad=True)} | weight_inputs("w", n, k, p.dtype, "dense" not in p.variant)
+    found = {"x": Input((m, k), p.dtype, grad=True)} | weight_inputs("w", n, k, p.dtype, p.variant in ("nf4", "base"))
     if p.variant != "base":
         found |= lora_inputs(n, k, r, p.dtype)
     if "bias" in p.variant:
@@ -259,8 +259,8 @@ db-no-scale @lora_packed: s left out of B's gradient
 - bi.dtype, scales[i])
 + bi.dtype)
 scale-twice @lora_packed: s in A's gradient twice
-- every = summed(dtail, x, torch.float32)
-+ every = summed(dtail, x, torch.float32, scales[0])
+- every = summed(dtail, branch_input, torch.float32)
++ every = summed(dtail, branch_input, torch.float32, scales[0])
 a-transposed-slot @lora_packed: A one row too far down
 - p_ptr + (below + lane)
 + p_ptr + (below + (lane + 1) % r)
@@ -287,13 +287,13 @@ dropout-unscaled @dropout: kept elements not scaled up
 + x
 dropout-on-base @lora_packed: dropout applied to the base layer too
 - return forward_packed(x, p, stack.n,
-+ return forward_packed(x if branch_input is None else branch_input, p, stack.n,
++ return forward_packed(branch_input, p, stack.n,
 dx-unmasked @lora_packed: the branch's part of dx not masked
 - return drop(tail @ p[n:, :k], seed, dropout, onto=dy @ p[:n, :k]), tail
 + return (tail @ p[n:, :k]).addmm_(dy, p[:n, :k]), tail
-da-undropped @lora_packed: A's gradient from the input before dropout
-- x = drop(x, seed, dropout) if seed is not None and dropout else x
-+ x = x
+da-undropped: A's gradient from the input before dropout
+- flat = under(flat, seed, dropout) if needs[1] else flat
++ flat = flat
 room-without-leave @lora_packed: columns beside x written though nobody allowed it
 - row = with_room(x, r) if tail_free else None
 + row = with_room(x, r)

@@ -34,15 +34,13 @@ from torch import Tensor
 
 from sparktune.ops import dispatch, geglu, glu, swiglu
 from sparktune.ops.device import DeviceProperties
-from sparktune.ops.dropout import draw, drop_kernel, drop_launches
+from sparktune.ops.dropout import draw, under
 from sparktune.ops.fused import Fused
 from sparktune.ops.geglu import _through
 from sparktune.ops.glu import load, place, store
 from sparktune.ops.lora_linear import branch, check, judged_weight, lora_inputs, weight_inputs
 from sparktune.ops.lora_packed import (
     Stack,
-    adapter_kernel,
-    adapter_launches,
     factor_gradients,
     flatten,
     forward_layers,
@@ -55,7 +53,6 @@ from sparktune.ops.numerics import cast, exp
 from sparktune.ops.spec import FLOATS, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
 from sparktune.ops.weights import Weight
 
-KERNELS = (adapter_kernel, drop_kernel)  # what `launches` names besides those below
 ACTIVATIONS = ("silu", "gelu_tanh")
 Adapter = tuple[Tensor, Tensor] | None
 
@@ -159,9 +156,10 @@ def _forward(
     wide, narrow = _stacks(weights, layout, a, z)
     seed_x, seed_h = _seeds(seed)
     # Each call makes its buffer and lets go of it, so that only one of 235 and 117 MB (Llama-3.1-8B) is there at a time.
-    eu, tail = forward_layers(wide, matrix(x), a[:2], b[:2], z[:2], scales[:2], seed_x, dropout, tail_free)
+    flat = matrix(x)
+    eu, tail = forward_layers(wide, flat, a[:2], b[:2], z[:2], scales[:2], under(flat, seed_x, dropout), tail_free)
     h = _activated(eu, activation, narrow.r)
-    y, tail_down = forward_layers(narrow, h, a[2:], b[2:], z[2:], scales[2:], seed_h, dropout, True)
+    y, tail_down = forward_layers(narrow, h, a[2:], b[2:], z[2:], scales[2:], under(h, seed_h, dropout), True)
     return y.view(*x.shape[:-1], narrow.n), eu, tail, tail_down
 
 
@@ -184,9 +182,8 @@ def _backward(
         )
     else:
         h = _activated(eu, activation, 0) if needs[7] else dy
-    last = factor_gradients(
-        narrow, dy, h, tail_down, dtail, a[2:], b[2:], z[2:], scales[2:], seed_h, dropout, needs[7:]
-    )  # fmt: skip
+    h = under(h, seed_h, dropout) if needs[7] else h
+    last = factor_gradients(narrow, dy, h, tail_down, dtail, a[2:], b[2:], z[2:], scales[2:], needs[7:])
     if not before:
         return *(dy.new_empty(0) for _ in range(7)), *last  # type: ignore[return-value]
     del dh, h
@@ -194,9 +191,9 @@ def _backward(
     dx, dtail = input_gradient(
         wide, deu, a[:2], b[:2], z[:2], scales[:2], seed_x, dropout, needs[0], needs[1] or needs[4], row
     )  # fmt: skip
-    first = factor_gradients(
-        wide, deu, matrix(x), tail, dtail, a[:2], b[:2], z[:2], scales[:2], seed_x, dropout, needs[1:7]
-    )  # fmt: skip
+    flat = matrix(x)
+    flat = under(flat, seed_x, dropout) if needs[1] or needs[4] else flat
+    first = factor_gradients(wide, deu, flat, tail, dtail, a[:2], b[:2], z[:2], scales[:2], needs[1:7])
     return dx.view(x.shape) if needs[0] else dx, *first, *last  # type: ignore[return-value]
 
 
@@ -249,7 +246,7 @@ def _shapes(p: Problem) -> dict[str, tuple[int, int]]:
 def _inputs(p: Problem) -> dict[str, Input]:
     found = {"x": Input((p.dims["rows"], p.dims["k"]), p.dtype, grad=True, spread=0.1)}  # a thousandfold stays in fp16
     for i, (name, (n, k)) in enumerate(_shapes(p).items()):
-        found |= weight_inputs(f"w{name}", n, k, p.dtype, "dense" not in p.variant)
+        found |= weight_inputs(f"w{name}", n, k, p.dtype, p.variant == "nf4")
         if name == "u" or p.variant != "up alone":
             found |= lora_inputs(n, k, p.dims["rank"] + i, p.dtype, name)
         if "bias" in p.variant and name != "u":
@@ -296,12 +293,11 @@ def _bytes(p: Problem, which: Literal["forward", "backward"]) -> int:
 
 
 def _launches(p: DeviceProperties) -> list[Launch]:
-    """Both passes of both activations, the backward with h made again; the adapters' kernel, and dropout's."""
+    """Both passes of both activations, the backward with h made again. The other kernels are `lora_linear`'s."""
     acts = {"silu": {"TANH": False}, "gelu_tanh": {"TANH": True}}
     found = glu.launches(p, acts, pointers={"forward_kernel": ("gate", "up", "h")})
     acts = {k: {**v, "REMAKE": True} for k, v in acts.items()}
-    found += glu.launches(p, acts, pointers={"backward_kernel": ("dh", "gate", "up", "dgate", "dup")})
-    return found + adapter_launches() + drop_launches()
+    return found + glu.launches(p, acts, pointers={"backward_kernel": ("dh", "gate", "up", "dgate", "dup")})
 
 
 def _without_b(call: Any, t: Tensors, p: Problem) -> tuple[Tensor, Tensor]:
@@ -348,8 +344,8 @@ up-for-gate: gate's and up's weights exchanged
 - gate, up, down = unflatten(weights, layout)
 + up, gate, down = unflatten(weights, layout)
 scales-of-wide: gate's and up's scales exchanged
-- z[:2], scales[:2], seed_x, dropout, tail_free)
-+ z[:2], scales[1::-1], seed_x, dropout, tail_free)
+- z[:2], scales[:2], under(
++ z[:2], scales[1::-1], under(
 scale-of-down: down's scale taken for gate's
 - z[2:], scales[2:], seed_h, dropout, before, needs[7])
 + z[2:], scales[:1], seed_h, dropout, before, needs[7])
@@ -360,8 +356,8 @@ da-of-neighbour @lora_packed: A's gradient from the neighbouring ranks
 - every[slot].to(ai.dtype, copy=True)
 + every.roll(1, 0)[slot].to(ai.dtype, copy=True)
 h-undropped: down's A from h before dropout
-- z[2:], scales[2:], seed_h, dropout, needs[7:]
-+ z[2:], scales[2:], None, dropout, needs[7:]
+- h = under(h, seed_h, dropout) if needs[7] else h
++ h = h
 one-mask: h dropped by x's seed
 - else (seed[:1], seed[1:])
 + else (seed[:1], seed[:1])

@@ -243,11 +243,10 @@ def summed(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) 
 
 def forward_layers(
     stack: Stack, x: Tensor, a: Sequence[Tensor | None], b: Sequence[Tensor | None], bias: Sequence[Tensor | None],
-    scales: Sequence[float], seed: Tensor | None, dropout: float, tail_free: bool,
+    scales: Sequence[float], branch_input: Tensor, tail_free: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y [M, n], x' A^T [M, r]) of layers that share the input x [M, K]."""
+    """(y [M, n], x' A^T [M, r]) of layers that share the input x [M, K] and, for their branches, x'."""
     p = pack(stack, a, b, bias, scales, x.dtype)
-    branch_input = drop(x, seed, dropout) if seed is not None and dropout else None
     return forward_packed(x, p, stack.n, stack.one if stack.biased else None, branch_input, tail_free)
 
 
@@ -263,16 +262,12 @@ def input_gradient(
 
 
 def factor_gradients(
-    stack: Stack, dy: Tensor, x: Tensor, tail: Tensor, dtail: Tensor, a: Sequence[Tensor | None],
-    b: Sequence[Tensor | None], bias: Sequence[Tensor | None], scales: Sequence[float], seed: Tensor | None, dropout: float,
-    needs: Sequence[bool],
+    stack: Stack, dy: Tensor, branch_input: Tensor, tail: Tensor, dtail: Tensor, a: Sequence[Tensor | None],
+    b: Sequence[Tensor | None], bias: Sequence[Tensor | None], scales: Sequence[float], needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """[da, db, dbias of each layer], empty where `needs` says no, from x' A^T and s dy B; x is read once for every A."""
+    """[da, db, dbias of each layer], empty where `needs` says no, from x' A^T and s dy B; x' is read once for every A."""
     found = [dy.new_empty(0) for _ in needs]
-    every = None
-    if any(needs[::3]):
-        x = drop(x, seed, dropout) if seed is not None and dropout else x
-        every = summed(dtail, x, torch.float32)
+    every = summed(dtail, branch_input, torch.float32) if any(needs[::3]) else None
     for i, (ai, bi, zi) in enumerate(zip(a, b, bias, strict=True)):
         rows, slot = stack.rows(i), stack.slot(i)
         if ai is not None and every is not None and needs[3 * i]:

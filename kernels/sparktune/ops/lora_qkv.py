@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sparktune.ops import dispatch
-from sparktune.ops.dropout import draw, drop_kernel, drop_launches
+from sparktune.ops.dropout import draw, drop_kernel, drop_launches, under
 from sparktune.ops.fused import Fused
 from sparktune.ops.lora_linear import branch, check, judged_weight, lora_inputs, weight_inputs
 from sparktune.ops.lora_packed import (
@@ -72,8 +72,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """([q | k | v], x A^T of all three)."""
     a, b, z = (aq, ak, av), (bq, bk, bv), (zq, zk, zv)
-    stack = _stack(weights, layout, a, z)
-    y, tail = forward_layers(stack, matrix(x), a, b, z, scales, seed, dropout, tail_free)
+    stack, flat = _stack(weights, layout, a, z), matrix(x)
+    y, tail = forward_layers(stack, flat, a, b, z, scales, under(flat, seed, dropout), tail_free)
     return y.view(*x.shape[:-1], stack.n), tail
 
 
@@ -87,7 +87,9 @@ def _backward(
     a, b, z = (aq, ak, av), (bq, bk, bv), (zq, zk, zv)
     stack, dy = _stack(weights, layout, a, z), matrix(dy)
     dx, dtail = input_gradient(stack, dy, a, b, z, scales, seed, dropout, needs[0], any(needs[1::3]))
-    found = factor_gradients(stack, dy, matrix(x), tail, dtail, a, b, z, scales, seed, dropout, needs[1:])
+    flat = matrix(x)
+    flat = under(flat, seed, dropout) if any(needs[1::3]) else flat
+    found = factor_gradients(stack, dy, flat, tail, dtail, a, b, z, scales, needs[1:])
     return dx.view(x.shape) if needs[0] else dx, *found  # type: ignore[return-value]
 
 
@@ -136,7 +138,7 @@ def _inputs(p: Problem) -> dict[str, Input]:
     m, k, r = (p.dims[d] for d in ("rows", "k", "rank"))
     found = {"x": Input((m, k), p.dtype, grad=True)}
     for i, (name, n) in enumerate(_sizes(p).items()):
-        found |= weight_inputs(f"w{name}", n, k, p.dtype, "dense" not in p.variant)
+        found |= weight_inputs(f"w{name}", n, k, p.dtype, p.variant == "nf4")
         if not (name == "k" and p.variant == "k frozen"):
             found |= lora_inputs(n, k, r + i, p.dtype, name)
         if "bias" in p.variant and name != "k":
@@ -197,8 +199,8 @@ scales-first @lora_packed: q's scale for all three
 - tail[:, slot], bi.dtype, scales[i])
 + tail[:, slot], bi.dtype, scales[0])
 scale-order: scales in reverse
-- a, b, z, scales, seed, dropout, tail_free)
-+ a, b, z, scales[::-1], seed, dropout, tail_free)
+- a, b, z, scales, under(
++ a, b, z, scales[::-1], under(
 v-for-k: k's and v's B exchanged in the backward
 - a, b, z = (aq, ak, av), (bq, bk, bv), (zq, zk, zv)
 -     stack, dy
@@ -219,9 +221,9 @@ bias-forgotten @lora_packed: biases left out
 bleeding @lora_packed: q's rows meet the ranks of k and v
 - mine = (lane >= slot) & (lane < slot + rank)
 + mine = (lane >= slot) & (lane < slot + rank + 1)
-da-undropped @lora_packed: A's gradients from the input before dropout
-- x = drop(x, seed, dropout) if seed is not None and dropout else x
-+ x = x
+da-undropped: A's gradients from the input before dropout
+- flat = under(flat, seed, dropout) if any(needs[1::3]) else flat
++ flat = flat
 split-order: k and v exchanged in the result
 - q, k, v = y.split([w.shape[0] for w in weights], -1)
 + q, v, k = y.split([w.shape[0] for w in weights], -1)
