@@ -107,7 +107,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors hold the same bits, NaN payloads and signs of zero included."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    raw = (t.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (a, b))
+    raw = (t.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for t in (a, b))
     return torch.equal(*raw)
 
 

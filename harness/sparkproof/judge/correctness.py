@@ -237,7 +237,7 @@ class _Trial:
         off = (result.long() - plain.long()).abs()
         share, far = float((off > 0).double().mean()), int(off.max())
         allowed = self.spec.integer_slack.get(of, 0.0)
-        passed = share <= allowed and far <= (1 if allowed else 0)
+        passed = share <= allowed and far <= (self.spec.integer_distance if allowed else 0)
         detail = f"{share:.2%} differ (allowed {allowed:.2%}), by {far} at most"
         self.j.check("codes", of, passed, detail=detail)
 

@@ -3,7 +3,7 @@ r"""NF4 and FP4 quantisation, flat, with the codes and scales of bitsandbytes; n
 For each block of B elements, in row-major order, the last one possibly shorter:
 
     a = max |x|                          kept in fp32, one for each block
-    z = x (1 / a)                        two fp32 steps, each rounded
+    z = x (1 / a)                        two fp32 steps; 1 / a is the GPU's approximate reciprocal, as in bitsandbytes
     NF4: code = number of thresholds below z, among the 15 midpoints between its values
     FP4: code = magnitude's code by the number of thresholds below |z|, among 7; 8 more where z < 0
 
@@ -38,6 +38,7 @@ from sparktune.ops import dispatch
 from sparktune.ops.dequantize_4bit import BLOCKSIZES, NF4, TABLES, Nested
 from sparktune.ops.device import DeviceProperties
 from sparktune.ops.fused import Fused
+from sparktune.ops.numerics import reciprocal
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Mutant, OpSpec, Outputs, Peer, Problem, Tensors
 
 # NF4: halfway between neighbours. FP4: between magnitudes, in bitsandbytes' six to eight digits, which a value of 16 bits
@@ -55,7 +56,7 @@ def _tables(device: torch.device, quant_type: str) -> tuple[Tensor, Tensor]:
 
 
 def reference(x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch: (packed, absmax), bit for bit."""
+    """Plain PyTorch: (packed, absmax); on a GPU but for values that the reciprocal's last bit moves over a threshold."""
     middle, codes = _tables(x.device, quant_type)
     flat = x.detach().reshape(-1).float()
     n = flat.numel()
@@ -83,7 +84,7 @@ def quantize_kernel(
     x = tl.load(x_ptr + first * (2 * HALF) + place, mask=place < left, other=0.0).to(tl.float32)
     a = tl.max(tl.abs(x), 1)
     a = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), a)  # tl.max drops NaN
-    inverse = tl.math.div_rn(1.0, tl.where(a > 0, a, 1.0))
+    inverse = reciprocal(tl.where(a > 0, a, 1.0))
     z = x * inverse[:, None]
     sign = tl.zeros((BLOCKS, 2 * HALF), tl.int32)
     if FP4:
@@ -308,6 +309,8 @@ OP = OpSpec(
     ),
     flops=lambda p, which: 17 * p.dims["rows"] * p.dims["columns"],
     exact=_exact,
+    integer_slack={"packed": 0.02},  # by the last bit of a reciprocal; bitsandbytes' codes are met to the bit
+    integer_distance=255,
     peer=Peer("bitsandbytes.functional.quantize_4bit", "bitsandbytes", _bitsandbytes),
     laws=(Law("codes(4x) = codes(x)", _scaled), Law("FP4's codes of -x are those of x, mirrored", _mirrored)),
     mutants=MUTANTS,

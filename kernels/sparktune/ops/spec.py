@@ -162,8 +162,9 @@ class OpSpec:
     # tail(tensors, problem): the last few rows of a problem as a problem of its own, to judge a huge case by.
     tail: Callable[[Tensors, Problem], tuple[Tensors, Problem]] | None = None
     scalars: Mapping[str, float] = field(default_factory=dict)
-    # Integer outputs (codes) are the reference's; by name, the share of elements that may differ by one.
+    # Integer outputs (codes) are the reference's; by name, the share of elements that may differ, and how far.
     integer_slack: Mapping[str, float] = field(default_factory=dict)
+    integer_distance: int = 1
     bound: Literal["memory", "matrix"] = "memory"  # what limits its speed: bytes over bandwidth, or matrix products
     # Whether Inf must stay Inf. A product with zeros that plain PyTorch does not form may make NaN of it.
     nonfinite_kinds: bool = True
