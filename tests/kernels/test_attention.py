@@ -219,7 +219,8 @@ def test_right_on_the_gpu(case, head_dim, dtype):
     assert float((got - want).norm() / want.norm()) < limit
     grads = torch.autograd.grad(got, [*ours, *extra], gy.to(dtype))
     for a, b in zip(grads, torch.autograd.grad(want, wide, gy), strict=True):
-        assert float((a - b).norm() / b.norm()) < 2 * limit
+        # Of one key alone the weights are 1: the gradients of q and k are zero, and have no relative error.
+        assert float((a - b).norm() / torch.maximum(b.norm(), gy.norm() / 10)) < 2 * limit
 
 
 def test_choices_are_counted_with_their_reasons():
