@@ -1,6 +1,7 @@
 """The peers' bounds: facts with their sources, forms that see what they say they see, and no count without a passing control."""
 
 import dataclasses
+import fnmatch
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ def test_every_test_is_of_an_op_that_exists():
 @pytest.mark.parametrize("t", ALL, ids=lambda t: f"{t.peer}-{t.op}")
 def test_facts_fit_their_op_and_name_their_source(t: PeerTest):
     spec = load_op(t.op)
-    assert set(t.variants) <= set(spec.variants)
+    assert all(fnmatch.filter(spec.variants, pattern) for pattern in t.variants)
     assert t.source.startswith("https://")
     assert all(len(b) == (2 if t.form == "allclose" else 1) for b in t.bounds.values())
     inputs = spec.inputs(peers._problems(spec, t)[0])

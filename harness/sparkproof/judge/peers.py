@@ -9,6 +9,7 @@ says nothing about faults, and is left out by name.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import tomllib
 from collections.abc import Callable, Sequence
@@ -41,7 +42,9 @@ class PeerTest(Strict):
 
     peer: Literal["liger", "unsloth"]
     op: str
-    variants: list[str] = Field(default_factory=list, description="The op's variants that it covers; empty: all.")
+    variants: list[str] = Field(
+        default_factory=list, description="The op's variants that it covers, as patterns; empty: all."
+    )
     form: Literal["allclose", "signed", "distance"] = Field(
         default="allclose",
         description="allclose: |plain - tested| <= atol + rtol |plain|, each element. signed: the largest of plain - "
@@ -123,7 +126,7 @@ def _words(p: Problem) -> str:
 
 
 def _problems(spec: OpSpec, t: PeerTest) -> list[Problem]:
-    wanted = [v for v in spec.variants if not t.variants or v in t.variants]
+    wanted = [v for v in spec.variants if not t.variants or any(fnmatch.fnmatchcase(v, w) for w in t.variants)]
     scalars = {**spec.scalars, **t.scalars}
     return [
         Problem(dims, dtype, variant, scalars)
