@@ -262,8 +262,8 @@ scale-twice @lora_packed: s in A's gradient twice
 - every = summed(dtail, branch_input, torch.float32)
 + every = summed(dtail, branch_input, torch.float32, scales[0])
 a-transposed-slot @lora_packed: A one row too far down
-- p_ptr + (below + lane)
-+ p_ptr + (below + (lane + 1) % r)
+- + below + (lane[:, None] * width
++ + below + (((lane + 1) % r)[:, None] * width
 no-branch-in-dx @lora_packed: dx of the base alone
 - return (tail @ p[n:, :k]).addmm_(dy, p[:n, :k]), tail
 + return (tail @ p[n:, :k]).mul_(0).addmm_(dy, p[:n, :k]), tail

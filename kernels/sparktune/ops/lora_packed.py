@@ -92,38 +92,41 @@ class Stack:
 
 @triton.jit
 def adapter_kernel(
-    p_ptr, a_ptr, b_ptr, bias_ptr, scale, rows, k, width, first_row, below, slot, rank, last, one, r,
+    p_ptr, a_ptr, b_ptr, bias_ptr, scale, rows, k, width, beside, below, slot, rank, last, one, r,
     a_row, a_col, b_row, b_col, b_programs,
     LORA: tl.constexpr, BIAS: tl.constexpr, R_BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One layer's share of what lies around the weights in P: sB and bias beside its rows, then A below them.
 
-    The first `b_programs` programs write columns k to k + r of its rows, zero outside its slot. The others write rows
-    below + slot to below + last, of which those past the rank are zero.
+    The first `b_programs` programs write r columns of its rows, the first at offset `beside` in P, zero outside its slot.
+    The others write rows slot to last of those that begin at offset `below`; past the rank they are zero. Where a tile
+    begins is computed in 64 bits; within it offsets have 32, or registers would spill.
     """
     program = tl.program_id(0)
     dtype: tl.constexpr = p_ptr.dtype.element_ty
+    tile = tl.arange(0, TILE)
     lane = tl.arange(0, R_BLOCK)
     mine = (lane >= slot) & (lane < slot + rank)
     if program < b_programs:
-        row = (program * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
-        here = row < rows
+        start = program * TILE
+        here = (start + tile < rows)[:, None]
         value = tl.zeros((TILE, R_BLOCK), tl.float32)
         if LORA:
-            at = b_ptr + row * b_row + (lane - slot)[None, :] * b_col
+            at = b_ptr + start.to(tl.int64) * b_row + (tile[:, None] * b_row + (lane - slot)[None, :] * b_col)
             value = tl.load(at, mask=here & mine[None, :], other=0.0).to(tl.float32) * scale
         if BIAS:
-            value = tl.where(lane[None, :] == one, tl.load(bias_ptr + row, mask=here, other=0.0).to(tl.float32), value)
-        to = p_ptr + (first_row + row) * width + k + lane[None, :]
+            bias = tl.load(bias_ptr + start + tile[:, None], mask=here, other=0.0).to(tl.float32)
+            value = tl.where(lane[None, :] == one, bias, value)
+        to = p_ptr + beside + start.to(tl.int64) * width + (tile[:, None] * width + lane[None, :])
         tl.store(to, cast(value, dtype), mask=here & (lane < r)[None, :])
     else:
         # Other names than above: Triton 3.6 wants a variable to have one shape in both branches.
-        col = ((program - b_programs) * TILE + tl.arange(0, TILE)).to(tl.int64)[None, :]
+        col = ((program - b_programs) * TILE + tile)[None, :]
         under = tl.zeros((R_BLOCK, TILE), tl.float32)
         if LORA:
-            a_at = a_ptr + (lane - slot).to(tl.int64)[:, None] * a_row + col * a_col
+            a_at = a_ptr + ((lane - slot)[:, None] * a_row + col * a_col)
             under = tl.load(a_at, mask=mine[:, None] & (col < k), other=0.0).to(tl.float32)
-        p_at = p_ptr + (below + lane).to(tl.int64)[:, None] * width + col
+        p_at = p_ptr + below + (lane[:, None] * width + col)
         tl.store(p_at, cast(under, dtype), mask=((lane >= slot) & (lane < last))[:, None] & (col < k))
 
 
@@ -138,7 +141,7 @@ class Config:
     def choose(cls, r: int) -> Config:
         """About 2048 elements a program: there are few of these programs, and a GEMM waits for them."""
         block = max(16, triton.next_power_of_2(r))
-        return cls(block, max(4, 2048 // block))
+        return cls(block, max(4, 1024 // block))
 
 
 def pack(
@@ -163,7 +166,7 @@ def pack(
         ai, bi, zi = a[i], b[i], bias[i]
         dispatch.launch(
             adapter_kernel, beside + below, p, p, p if ai is None else ai, p if bi is None else bi, p if zi is None else zi,
-            scales[i], w.shape[0], k, k + r, rows.start, n, slot.start, stack.ranks[i],
+            scales[i], w.shape[0], k, k + r, rows.start * (k + r) + k, n * (k + r), slot.start, stack.ranks[i],
             r if last else slot.stop, stack.one, r, *(ai.stride() if ai is not None else (0, 0)),
             *(bi.stride() if bi is not None else (0, 0)), beside,
             LORA=ai is not None, BIAS=zi is not None, R_BLOCK=c.r_block, TILE=c.tile, num_warps=4,
@@ -295,7 +298,7 @@ def adapter_launches() -> list[Launch]:
             c = Config.choose(r)
             flags = {"LORA": True, "BIAS": bias, "R_BLOCK": c.r_block, "TILE": c.tile}
             args = dict(p_ptr=f"*{name}", a_ptr=f"*{lora}", b_ptr=f"*{lora}", bias_ptr=f"*{lora}", scale="fp32")
-            integers = ["rows", "k", "width", "first_row", "below", "slot", "rank", "last", "one", "r"]
+            integers = ["rows", "k", "width", "beside", "below", "slot", "rank", "last", "one", "r"]
             integers += ["a_row", "a_col", "b_row", "b_col", "b_programs"]
             args |= dict.fromkeys(integers, "i32") | dict.fromkeys(flags, "constexpr")
             when = f"up to {r} columns, LoRA in {lora}{', biased' if bias else ''}"
