@@ -252,9 +252,13 @@ def qk_norm_rope(
 
 
 def _inputs(p: Problem) -> dict[str, Input]:
-    d, centre, grad = p.dims["head_dim"], 0.0 if p.variant == "gemma" else 1.0, not p.dims.get("frozen")
-    weight = Input((d,), p.dtype, "parameter", grad=grad, centre=centre, spread=0.5)
-    return head_inputs(p) | {"q_weight": weight, "k_weight": weight} | table_inputs(p.dims)
+    """`frozen` 1: the weight of q; 2: both."""
+    d, centre, frozen = p.dims["head_dim"], 0.0 if p.variant == "gemma" else 1.0, p.dims.get("frozen", 0)
+    weights = {
+        f"{n}_weight": Input((d,), p.dtype, "parameter", grad=frozen < at, centre=centre, spread=0.5)
+        for n, at in (("q", 1), ("k", 2))
+    }
+    return head_inputs(p) | weights | table_inputs(p.dims)
 
 
 def _call(t: Tensors, p: Problem) -> Tensors:
@@ -437,8 +441,8 @@ OP = OpSpec(
         "partial": {
             "rows": 4, "batch": 2, "heads": 3, "kv_heads": 1, "head_dim": 20, "rotary": 12, "positions": 32, "gap": 4,
         },
-        "frozen": {"rows": 2, "heads": 1, "kv_heads": 1, "head_dim": 96, "rotary": 96, "positions": 0, "frozen": 1},
-        "many heads": {"rows": 2, "heads": 20, "kv_heads": 17, "head_dim": 128, "rotary": 128},
+        "frozen": {"rows": 2, "heads": 1, "kv_heads": 1, "head_dim": 96, "rotary": 96, "positions": 0, "frozen": 2},
+        "many heads": {"rows": 2, "heads": 20, "kv_heads": 17, "head_dim": 128, "rotary": 128, "frozen": 1},
         "no rows": {"rows": 0, "heads": 2, "kv_heads": 1, "head_dim": 8, "rotary": 8},
         "far": {"rows": 3, "heads": 2, "kv_heads": 1, "head_dim": 16, "rotary": 16},
         "huge": {
