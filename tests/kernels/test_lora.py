@@ -1,8 +1,10 @@
 """LoRA inside the matrix product: it is PEFT's LoRA, merged layers are the layers apart, and what each call computes."""
 
+import weakref
+
 import pytest
 import torch
-from sparktune.ops import dispatch
+from sparktune.ops import dispatch, lora_packed
 from sparktune.ops.lora_linear import lora_linear
 from sparktune.ops.lora_mlp import lora_mlp
 from sparktune.ops.lora_qkv import lora_qkv
@@ -223,6 +225,24 @@ def test_an_mlp_keeps_neither_h_nor_weights(device):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         lora_mlp(x, weights, pairs)
     assert sorted(t.numel() for t in kept) == sorted([m * k, m * 2 * n, m * 16, m * 16])
+
+
+def test_an_mlp_holds_one_weight_buffer_at_a_time(device, monkeypatch):
+    made = []
+
+    def pack(*args, **kwargs):
+        assert all(ref() is None for ref in made), "a buffer is still there when the next one is made"
+        p = original(*args, **kwargs)
+        made.append(weakref.ref(p))
+        return p
+
+    original = lora_packed.pack
+    monkeypatch.setattr(lora_packed, "pack", pack)
+    weights = dense(device, N, K), dense(device, N, K), dense(device, K, N)
+    pairs = adapter(device, N, K), adapter(device, N, K), adapter(device, K, N)
+    x = rand(device, 5, K).requires_grad_()
+    lora_mlp(x, weights, pairs).sum().backward()
+    assert len(made) == 4
 
 
 def test_a_layer_without_lora_is_the_layer(device):
