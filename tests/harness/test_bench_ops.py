@@ -69,7 +69,7 @@ class FakeClock:
     def __init__(self, *ms: float) -> None:
         self.ms, self.timers = list(ms) or [1.0], []
 
-    def timer(self, run: Callable[[int], Any], sets: int) -> FakeTimer:
+    def timer(self, run: Callable[[int], Any], sets: int, capture: bool = True) -> FakeTimer:
         for i in range(sets):
             run(i)
         self.timers.append(FakeTimer(self.ms[len(self.timers) % len(self.ms)]))
@@ -253,10 +253,10 @@ def test_missing_broken_and_wrong_engines_keep_their_place_and_say_why(monkeypat
 
 def test_engines_that_do_not_fit_together_are_timed_one_by_one() -> None:
     class Crowded(FakeClock):
-        def timer(self, run: Callable[[int], Any], sets: int) -> FakeTimer:
+        def timer(self, run: Callable[[int], Any], sets: int, capture: bool = True) -> FakeTimer:
             if sum(not t.freed for t in self.timers) >= 2:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-            return super().timer(run, sets)
+            return super().timer(run, sets, capture)
 
     rows, _ = bench(Crowded()).rows([row("rms_norm")], [100.0])
     ours = rows[0].passes[0].engines[0]
@@ -265,9 +265,9 @@ def test_engines_that_do_not_fit_together_are_timed_one_by_one() -> None:
 
 def test_a_budget_ends_between_rows_and_names_what_it_left() -> None:
     class Slow(FakeClock):
-        def timer(self, run: Callable[[int], Any], sets: int) -> FakeTimer:
+        def timer(self, run: Callable[[int], Any], sets: int, capture: bool = True) -> FakeTimer:
             time.sleep(0.05)
-            return super().timer(run, sets)
+            return super().timer(run, sets, capture)
 
     wanted = [row("swiglu", tokens=t) for t in range(1, 30)]
     rows, left_out = bench(Slow(), budget=1.0).rows(wanted, [100.0])

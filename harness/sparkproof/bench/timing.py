@@ -43,8 +43,8 @@ class Timer(Protocol):
 class Clock(Protocol):
     """What makes timers: a GPU's, or a test's."""
 
-    def timer(self, run: Run, sets: int) -> Timer:
-        """Warm up `run(i)` and make its timer; it uses `sets` sets of inputs in turn."""
+    def timer(self, run: Run, sets: int, capture: bool = True) -> Timer:
+        """Warm up `run(i)` and make its timer; it uses `sets` sets of inputs in turn. Without `capture`: call by call."""
 
     def copy(self, size: int) -> dict[str, tuple[Run, int]]:
         """Ways of copying that read and write `size` bytes in all: name -> (run, sets)."""
@@ -103,8 +103,10 @@ class GpuClock:
     def copy(self, size: int) -> dict[str, tuple[Run, int]]:
         """The driver's copy, and an elementwise kernel's, which the faster one is depends on the size."""
         half, count = max(16, size // 2 // 16 * 16), self.sets(size)
+        # Never the default generator: a capture that failed leaves it unusable.
+        g = torch.Generator(self.device)
         pairs = [
-            [torch.empty(half // 4, dtype=torch.int32, device=self.device).random_() for _ in range(2)]
+            [torch.empty(half // 4, dtype=torch.int32, device=self.device).random_(generator=g) for _ in range(2)]
             for _ in range(count)
         ]
 
@@ -118,7 +120,7 @@ class GpuClock:
 
         return {"copy by the driver": (driver, count), "copy by a kernel": (kernel, count)}
 
-    def timer(self, run: Run, sets: int) -> Replay:
+    def timer(self, run: Run, sets: int, capture: bool = True) -> Replay:
         """Capture as many calls as a sample takes."""
         for i in range(2):
             run(i)
@@ -135,6 +137,8 @@ class GpuClock:
         estimate = 1e3 * (time.perf_counter() - start) / eager
         calls = min(MOST_CALLS, max(sets, math.ceil(TARGET_MS / max(1e-3, estimate))))
         calls = max(sets, calls // sets * sets)
+        if not capture:
+            return Replay(run, max(1, math.ceil(TARGET_MS / estimate)), None, 1, "events", "not captured", call_us)
         try:
             graph = self._capture(run, calls, sets)
         except torch.cuda.OutOfMemoryError:

@@ -64,7 +64,7 @@ def matrix_rate(dtype: torch.dtype) -> list[float]:
 def copy_bandwidth(p: DeviceProperties) -> list[float]:
     """GB/s read and written by a device-to-device copy far larger than L2, one value a sample."""
     n = max(COPY_BYTES_MIN, 8 * p.l2_bytes)
-    source = torch.empty(n, dtype=torch.uint8, device="cuda").random_()
+    source = torch.empty(n, dtype=torch.uint8, device="cuda").random_(generator=torch.Generator("cuda"))
     target = torch.empty_like(source)
     calls = _calls(lambda i: target.copy_(source))
     return [2 * n / ms / 1e6 for ms in (_time(lambda i: target.copy_(source), calls) for _ in range(SAMPLES))]
