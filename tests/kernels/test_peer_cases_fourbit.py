@@ -4,6 +4,7 @@ import pytest
 import torch
 from sparktune.ops import dequantize_4bit as fourbit
 from sparktune.ops import quantize_4bit as quantizer
+from sparktune.ops import quantize_scales as scales
 from sparktune.ops.weights import Weight
 
 pytestmark = pytest.mark.kernels(together=True)
@@ -104,11 +105,59 @@ def test_nested_scales_are_bitsandbytes(device):
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(6)).to(device)
     packed, state = functional.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
     ours, flat = quantizer.quantize_4bit(x)
-    code, nested = quantizer.quantize_nested(flat, state.state2.code)
+    code, nested = scales.quantize_scales(flat)
     assert torch.equal(ours, packed)
+    assert torch.equal(nested.code, state.state2.code)
     assert torch.equal(nested.absmax, state.state2.absmax)
-    assert (code.long() - state.absmax.long()).abs().max() <= 1  # an entry as near on the other side
-    assert float((code != state.absmax).float().mean()) < 0.01
+    assert torch.equal(nested.offset.reshape(()), state.offset)
+    if device.type == "cuda":
+        assert torch.equal(code, state.absmax)
+    else:  # whose search ends at other entries than its CUDA code's, and not at the nearest
+        near = [(flat - fourbit_scales(c, nested)).abs().sum() for c in (code, state.absmax)]
+        assert near[0] <= near[1]
+
+
+def fourbit_scales(code, nested):
+    """Nested scales in fp32."""
+    return nested.code[code.long()] * nested.absmax.repeat_interleave(nested.blocksize)[: len(code)] + nested.offset
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("count", [64, 63, 129])
+def test_blocks_of_zeros_and_an_odd_end_are_bitsandbytes_cuda_codes(device, quant_type, count):
+    x = torch.zeros(count, device=device)
+    x[64:] = 1.0
+    packed, absmax = quantizer.quantize_4bit(x, 64, quant_type)
+    assert bool((packed[:32] == 0).all()) and absmax[0] == 0
+    if device.type == "cuda":
+        functional = pytest.importorskip("bitsandbytes.functional")
+        assert torch.equal(packed, functional.quantize_4bit(x, blocksize=64, quant_type=quant_type)[0])
+    values = fourbit.dequantize_4bit(packed, absmax, 64, (count,), torch.float32, quant_type=quant_type)
+    assert torch.equal(values, x)
+
+
+@pytest.mark.parametrize("per_scale", [64, 256])
+def test_scales_that_are_all_alike_or_none_at_all(device, per_scale):
+    code, nested = scales.quantize_scales(torch.full((300,), 0.5, device=device), per_scale=per_scale)
+    assert torch.equal(fourbit_scales(code, nested), torch.full((300,), 0.5, device=device))
+    code, nested = scales.quantize_scales(torch.empty(0, device=device), per_scale=per_scale)
+    assert code.numel() == 0 and nested.absmax.numel() == 0
+
+
+def test_compiling_before_the_first_eager_call_leaves_no_fake_tables_behind(device):
+    """Tables made while shapes are inferred are fakes; kept, they would break every later call in the process."""
+    for table in (fourbit._table, quantizer._tables):
+        table.cache_clear()
+    torch._dynamo.reset()
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(3)).to(device)
+
+    def there_and_back(x):
+        packed, absmax = quantizer.quantize_4bit(x)
+        return fourbit.dequantize_4bit(packed, absmax, 64, (8, 64), torch.float32)
+
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(compiled, there_and_back(x))
+    torch._dynamo.reset()
 
 
 def test_a_weight_that_was_not_quantised_yet_is_refused(device):
@@ -124,7 +173,9 @@ def test_a_weight_that_was_not_quantised_yet_is_refused(device):
         (lambda x: quantizer.quantize_4bit(x.double()), "fp32, bf16 or fp16"),
         (lambda x: quantizer.quantize_4bit(x, 48), "blocksize must be one of 32"),
         (lambda x: quantizer.quantize_4bit(x, 64, "int4"), "quant_type must be one of nf4, fp4"),
-        (lambda x: quantizer.quantize_nested(x, x), r"code must be fp32 \[256\]"),
+        (lambda x: scales.quantize_scales(x[0], x), r"code must be fp32 \[256\]"),
+        (lambda x: scales.quantize_scales(x), r"absmax must be fp32 \[blocks\]"),
+        (lambda x: scales.quantize_scales(x[0], per_scale=100), "per_scale must be one of 64"),
     ],
 )
 def test_wrong_arguments_get_a_sentence(device, call, match):

@@ -40,6 +40,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
@@ -185,6 +186,8 @@ def _rows(out: Tensor, blocksize: int) -> int:
 def _launch(
     packed: Tensor, absmax: Tensor, blocksize: int, out: Tensor, nested: Nested | None, quant_type: str
 ) -> None:
+    if isinstance(out, FakeTensor):  # the table would stay a fake
+        return
     n = out.numel()
     c = Config.choose(blocksize, DeviceProperties.of(out.device))
     table = _table(out.device, torch.float32, quant_type)

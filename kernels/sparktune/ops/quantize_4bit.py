@@ -1,4 +1,4 @@
-r"""NF4 and FP4 quantisation, flat, with the codes and scales of bitsandbytes; nested scales by `quantize_nested`.
+r"""NF4 and FP4 quantisation with the codes and scales of bitsandbytes; `quantize_scales` then nests the scales.
 
 For each block of B elements, in row-major order, the last one possibly shorter:
 
@@ -8,10 +8,8 @@ For each block of B elements, in row-major order, the last one possibly shorter:
     FP4: code = magnitude's code by the number of thresholds below |z|, among 7; 8 more where z < 0
 
 Thresholds are fp32 numbers; z equal to one takes the lower value, in FP4 the smaller magnitude. A block of zeros has
-a = 0 and codes of zero.
-
-Nested: the scales less their mean are quantised in turn, in 8 bits against a table of 256 values, blocks of 256, by
-`torch` operations, since a weight has 1/64 as many scales as elements.
+a = 0 and codes 0, as in bitsandbytes' CUDA code, where 0 (1 / 0) is above no threshold; its CPU code has NF4's 7. Both
+read as zero.
 
 Shapes: x of n elements, fp32, bf16 or fp16, contiguous or not -> packed uint8 [(n + 1) // 2, 1], as bitsandbytes has
 it, the earlier element in the high half, and absmax fp32 [ceil(n / B)]. No gradient. A NaN makes its block's
@@ -19,8 +17,7 @@ scale NaN, so that it shows in every value of the block; bitsandbytes may drop i
 
 Bytes: reads 2n in 16 bits, writes n/2 and 4n/B.
 
-Source: Dettmers et al., "QLoRA", 2023; Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021, for the
-table of nested scales. The thresholds are those of bitsandbytes 0.50.
+Source: Dettmers et al., "QLoRA", 2023. The thresholds are those of bitsandbytes 0.50.
 """
 
 from __future__ import annotations
@@ -33,9 +30,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparktune.ops import dispatch
-from sparktune.ops.dequantize_4bit import BLOCKSIZES, NF4, TABLES, Nested
+from sparktune.ops.dequantize_4bit import BLOCKSIZES, NF4, TABLES
 from sparktune.ops.device import DeviceProperties
 from sparktune.ops.fused import Fused
 from sparktune.ops.numerics import reciprocal
@@ -63,7 +61,7 @@ def reference(x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tenso
     rows = torch.nn.functional.pad(flat, (0, -n % blocksize)).view(-1, blocksize)
     absmax = rows.abs().amax(1) if n else rows.new_zeros(0)
     inverse = 1.0 / torch.where(absmax > 0, absmax, 1.0)
-    z = torch.nn.functional.pad((rows * inverse[:, None]).reshape(-1)[:n], (0, n % 2))
+    z = torch.where(absmax[:, None] > 0, rows * inverse[:, None], float("nan")).reshape(-1)[: n + n % 2]
     sign = (z < 0).to(torch.uint8) << 3 if quant_type == "fp4" else 0
     z = z.abs() if quant_type == "fp4" else z
     rank = torch.bucketize(torch.where(z.isnan(), -2.0, z), middle)  # NaN is above nothing
@@ -85,7 +83,7 @@ def quantize_kernel(
     a = tl.max(tl.abs(x), 1)
     a = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), a)  # tl.max drops NaN
     inverse = reciprocal(tl.where(a > 0, a, 1.0))
-    z = x * inverse[:, None]
+    z = tl.where(a[:, None] > 0, x * inverse[:, None], float("nan"))
     sign = tl.zeros((BLOCKS, 2 * HALF), tl.int32)
     if FP4:
         sign = (z < 0).to(tl.int32) << 3
@@ -120,7 +118,7 @@ def _forward(x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor
     n = x.numel()
     packed = torch.empty(((n + 1) // 2, 1), dtype=torch.uint8, device=x.device)
     absmax = torch.empty(triton.cdiv(n, blocksize), dtype=torch.float32, device=x.device)
-    if n:
+    if n and not isinstance(x, FakeTensor):  # whose tables would stay fakes
         c = Config.choose(blocksize, DeviceProperties.of(x.device))
         middle, codes = _tables(x.device, quant_type)
         dispatch.launch(
@@ -147,24 +145,6 @@ def quantize_4bit(x: Tensor, blocksize: int = 64, quant_type: str = "nf4") -> tu
         raise ValueError(f"quantize_4bit: quant_type must be one of {', '.join(TABLES)}, got {quant_type!r}")
     packed, absmax = _OP(x.detach(), blocksize, quant_type)
     return packed, absmax
-
-
-def quantize_nested(absmax: Tensor, code: Tensor, per_scale: int = 256) -> tuple[Tensor, Nested]:
-    """Scales [blocks] fp32 in 8 bits: (codes uint8 [blocks], what turns them back).
-
-    `code` [256] fp32 ascending is the table, such as `bitsandbytes.functional.create_dynamic_map()`. Each scale less the
-    mean, over its block's largest magnitude, takes the nearest entry. Errors: ValueError for another table.
-    """
-    if code.numel() != 256 or code.dtype != torch.float32:
-        raise ValueError(f"quantize_4bit: code must be fp32 [256], got {code.dtype} {list(code.shape)}")
-    offset = absmax.mean()
-    off = absmax - offset
-    rows = torch.nn.functional.pad(off, (0, -off.numel() % per_scale)).view(-1, per_scale)
-    outer = rows.abs().amax(1)
-    z = (rows / torch.where(outer > 0, outer, 1.0)[:, None]).reshape(-1)[: off.numel()]
-    upper = torch.searchsorted(code, z).clamp(1, 255)
-    nearer_below = (z - code[upper - 1]) <= (code[upper] - z)
-    return (upper - nearer_below.long()).to(torch.uint8), Nested(outer, code, offset.reshape(1), per_scale)
 
 
 VARIANTS = ("nf4", "fp4")
@@ -261,12 +241,12 @@ sign-lost: FP4's sign left out
 inverse-lost: scale kept inverted
 - absmax_ptr + first + row, a,
 + absmax_ptr + first + row, inverse,
-zero-block: blocks of zeros divided by zero
-- tl.where(a > 0, a, 1.0))
-+ a)
+zero-block: blocks without a scale given codes
+- tl.where(a[:, None] > 0, x * inverse[:, None], float("nan"))
++ x * inverse[:, None]
 neighbour-scale: scale of the first block of a program for all of them
-- z = x * inverse[:, None]
-+ z = x * tl.max(inverse, 0)
+- x * inverse[:, None], float
++ x * tl.max(inverse, 0), float
 tail-unwritten: the last partial tile left out
 - triton.cdiv(n, blocksize * c.blocks), x
 + max(1, n // (blocksize * c.blocks)), x
@@ -309,7 +289,8 @@ OP = OpSpec(
     ),
     flops=lambda p, which: 17 * p.dims["rows"] * p.dims["columns"],
     exact=_exact,
-    integer_slack={"packed": 0.02},  # by the last bit of a reciprocal; bitsandbytes' codes are met to the bit
+    # By the last bit of a GPU's reciprocal; bitsandbytes' codes are met to the bit, and the interpreter's division is exact.
+    integer_slack={} if dispatch.INTERPRETED else {"packed": 0.02},
     integer_distance=255,
     peer=Peer("bitsandbytes.functional.quantize_4bit", "bitsandbytes", _bitsandbytes),
     laws=(Law("codes(4x) = codes(x)", _scaled), Law("FP4's codes of -x are those of x, mirrored", _mirrored)),
