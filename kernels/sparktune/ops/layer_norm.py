@@ -354,9 +354,9 @@ wide-no-projection: the same where the row does not fit a block
 dw-last-row: weight gradient of a program's last row only
 - dw += dy * h
 + dw = dy * h
-db-of-g: bias gradient multiplied by the weight
+db-of-h: bias gradient multiplied by the normalised row
 - db += dy
-+ db += g
++ db += dy * h
 wide-db-lost: partial sums of the bias gradient overwritten in wide rows
 - before + dy, mask
 + dy, mask
