@@ -127,7 +127,9 @@ def test_without_a_gpu_sparktune_says_that_references_ran(learnt):
     assert result.mode == "reference"
     assert "references ran" in result.notices[0]
     marks = result.evidence["watermarks"]
-    assert {op: counts["triton"] for op, counts in marks.items()} == dict.fromkeys(("rms_norm", "swiglu", "dequantize_4bit"), 0)
+    assert {op: counts["triton"] for op, counts in marks.items()} == dict.fromkeys(
+        ("rms_norm", "swiglu", "dequantize_4bit"), 0
+    )
     assert all(counts["reference"] > 0 for counts in marks.values())
     assert result.evidence["patches"]["patched"] == {"rms_norm": 5, "swiglu": 2, "dequantize_4bit": 14}
 

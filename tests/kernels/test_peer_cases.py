@@ -53,7 +53,9 @@ def named_tests() -> dict[int, list[str]]:
                     or (isinstance(n, ast.Name) and n.id.startswith(("assert", "agree", "close", "check")))
                     for n in ast.walk(node)
                 )
-                found.setdefault(int(m[1]), []).append(f"{path.name}::{node.name}{'' if asserts else ' (asserts nothing)'}")
+                found.setdefault(int(m[1]), []).append(
+                    f"{path.name}::{node.name}{'' if asserts else ' (asserts nothing)'}"
+                )
     return found
 
 

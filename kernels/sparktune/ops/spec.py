@@ -84,9 +84,7 @@ class Mutant:
         for m in found:
             if not (m["description"] and m["old"] and m["new"]):
                 raise ValueError(f"mutant {m['id']!r} needs `id: description`, then a `- ` and a `+ ` line")
-        return tuple(
-            cls(m["id"], m["description"], "\n".join(m["old"]), "\n".join(m["new"]), m["file"]) for m in found
-        )
+        return tuple(cls(m["id"], m["description"], "\n".join(m["old"]), "\n".join(m["new"]), m["file"]) for m in found)
 
 
 @dataclass(frozen=True)
