@@ -35,7 +35,7 @@ from sparktune.ops.device import DeviceProperties
 from sparktune.ops.dynamic_map import dynamic_map
 from sparktune.ops.fused import Fused
 from sparktune.ops.numerics import reciprocal
-from sparktune.ops.spec import Input, Launch, Law, Mutant, OpSpec, Outputs, Peer, Problem, Tensors
+from sparktune.ops.spec import FLOATS, Input, Launch, Law, Mutant, OpSpec, Outputs, Peer, Problem, Tensors
 
 BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -209,14 +209,13 @@ OP = OpSpec(
     name="quantize_scales",
     summary="nested quantisation of 4-bit scales with bitsandbytes' 8-bit codes",
     variants=("",),
-    dtypes=(torch.float32,),
+    dtypes=FLOATS,  # of the weight; its scales are fp32 whatever that is
     sizes={
         "typical": {"rows": 300, "blocksize": 64},
         "usual": {"rows": 1024, "blocksize": 256},
         "short block": {"rows": 700, "blocksize": 256},
         "widest": {"rows": 4097, "blocksize": 4096},
         "two": {"rows": 2, "blocksize": 256},
-        "speed": {"rows": 2**26, "blocksize": 256},
     },
     inputs=_inputs,
     call=_call,
