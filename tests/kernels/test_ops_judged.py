@@ -10,9 +10,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),  # planted NaN and Inf
 ]
 SLOW_HERE = () if torch.cuda.is_available() else (pytest.mark.slow,)
+# Half a minute and more each in the interpreter; their own tests and cases run with the others.
+LONG = {"lora_mlp", "lora_qkv", "linear_cross_entropy", "cross_entropy", "grouped_lora", "swiglu_clamped", "adamw8bit"}
+OPS = [pytest.param(op, marks=SLOW_HERE if op in LONG else ()) for op in op_names()]
 
 
-@pytest.mark.parametrize("op", op_names())
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     "dtype", ["bf16", pytest.param("fp32", marks=SLOW_HERE), pytest.param("fp16", marks=SLOW_HERE)]
 )

@@ -333,9 +333,9 @@ def _launches(p: DeviceProperties) -> list[Launch]:
             args |= {"dloss_stride": "i32", "even": "fp32"} | dict.fromkeys(flags, "constexpr")
             found.append(Launch("backward", "backward_kernel", args, flags, c.num_warps, 3, ptr[1:], "capped" * both))
     for reduction, weighted, items in (("mean", True, False), ("sum", False, True)):
-        flags: dict[str, Any] = {"REDUCTION": reduction, "WEIGHTED": weighted, "ITEMS": items, "BLOCK": 4096}
-        args = REDUCE_ARGS | dict.fromkeys(flags, "constexpr")
-        found.append(Launch(reduction, "reduce_kernel", args, flags, 8, 3, "fp32"))
+        options: dict[str, Any] = {"REDUCTION": reduction, "WEIGHTED": weighted, "ITEMS": items, "BLOCK": 4096}
+        args = REDUCE_ARGS | dict.fromkeys(options, "constexpr")
+        found.append(Launch(reduction, "reduce_kernel", args, options, 8, 3, "fp32"))
     return found
 
 

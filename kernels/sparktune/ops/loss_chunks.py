@@ -344,7 +344,7 @@ def launches(p: DeviceProperties) -> list[Launch]:
         dtype, copy = TRITON_TYPES[torch_dtype], {"ROWS": COPY_ROWS, "BLOCK": COPY_BLOCK}
         for v, extras in ((2048, False), (128256, False), (128256, True)):
             c = Config.choose(2**20, v, torch_dtype.itemsize, False, 0, p)
-            flags = dict.fromkeys(("ORDERED", "WEIGHTED", "CAPPED", "SMOOTH"), extras)
+            flags: dict[str, int] = dict.fromkeys(("ORDERED", "WEIGHTED", "CAPPED", "SMOOTH"), extras)
             flags |= {"GRADIENT": True, "LANES": c.lanes}
             add(f"V = {v}" + ", all settings" * extras, "rows_kernel", rows, flags, c.num_warps, dtype)
         names = "hidden_ptr labels_ptr order_ptr out_ptr offset rows k stride ignore_index"

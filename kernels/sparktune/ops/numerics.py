@@ -39,7 +39,7 @@ def exp(x):
 @triton.jit
 def reciprocal(x):
     """1 / x of fp32 as CUDA code built with fast maths computes it, to the last bit or the one before it."""
-    if INTERPRETED:  # noqa: SIM108
+    if INTERPRETED:
         y = 1.0 / x
     else:
         y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
