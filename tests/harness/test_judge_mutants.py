@@ -25,7 +25,7 @@ def test_every_mutant_applies_and_its_file_still_parses(op):
     [
         ("text that is nowhere", "x", "0 times"),
         ("mask=mask", "x", r"[0-9]+ times"),
-        ("return dgate, dup", "return dgate, dup", "changes nothing"),
+        ("dup = dy * gate * s", "dup = dy * gate * s", "changes nothing"),
     ],
 )
 def test_a_stale_or_ambiguous_mutant_is_an_error(old, new, match):
