@@ -50,7 +50,7 @@ def named_tests() -> dict[int, list[str]]:
                 asserts = any(
                     isinstance(n, ast.Assert)
                     or (isinstance(n, ast.Attribute) and n.attr in ("raises", "assert_close"))
-                    or (isinstance(n, ast.Name) and n.id.startswith(("assert", "agree", "close", "check")))
+                    or (isinstance(n, ast.Name) and n.id.startswith(("assert", "agree", "close", "check", "same")))
                     for n in ast.walk(node)
                 )
                 found.setdefault(int(m[1]), []).append(
