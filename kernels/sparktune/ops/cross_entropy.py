@@ -383,7 +383,7 @@ smoothing-in-gradient: smoothing left out of the gradient but for the label
 + ignore_index, smoothing, 0.0,
 ignored-multiplied: gradient of ignored rows multiplied by 0 in place of written as 0
 - tl.store(out, tl.zeros((LANES, 8), dx_ptr.dtype.element_ty), mask=inside)
-+ tl.store(out, tl.load(logits_ptr + base + c, mask=inside, other=0.0) * 0.0, mask=inside)
++ tl.store(out, tl.load(logits_ptr + base + c, mask=inside, other=0.0).to(tl.float32) * 0.0, mask=inside)
 ignored-in-mean @softmax_rows: ignored rows in what the mean is divided by
 - w = tl.where(counts, 1.0, 0.0)
 + w = tl.where(rows < m, 1.0, 0.0)
@@ -407,9 +407,9 @@ begins-aligned: rows taken to begin where their first tile does
 -         top
 + first = 0
 +         top
-layouts-alike: rows of the gradient laid out as those of the logits
-- ALIKE=flat.stride(0) == n
-+ ALIKE=True
+gradient-shifted: rows of the gradient begin where their tile does
+- row * n - first + c
++ row * n - 2 * first + c
 int32-offset: row offset in 32 bits
 - base = row * stride // 8 * 8
 -         first

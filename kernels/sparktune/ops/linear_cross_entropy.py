@@ -231,7 +231,9 @@ def causal_lm_loss(hidden: Tensor, weight: Tensor, labels: Tensor, **settings: A
     return linear_cross_entropy(hidden, weight, labels, shift=True, **settings)[0]
 
 
-VARIANTS = ("none weights known", "sum items smooth bias trained", "mean weights capped lora", "none trained")
+# A scalar loss is judged where the logits have the bits of plain PyTorch's, whose error in a mean is else a matter of
+# luck: with LoRA inside the product they are rounded once, not three times.
+VARIANTS = ("none weights known", "sum items smooth bias trained", "none weights capped lora", "mean weights trained")
 
 
 def _inputs(p: Problem) -> dict[str, Input]:
@@ -374,7 +376,7 @@ OP = OpSpec(
     sizes={
         "typical": {"rows": 5, "columns": 300, "k": 24, "chunk": 3, "small": 1, "cap": 300},
         "prime": {"rows": 5, "columns": 37, "k": 13, "chunk": 8},
-        "wide": {"rows": 2, "columns": 601, "k": 16, "chunk": 1, "small": 1},
+        "wide": {"rows": 3, "columns": 601, "k": 16, "chunk": 2, "small": 1},
         "one": {"rows": 1, "columns": 1, "k": 8},
         "no rows": {"rows": 0, "columns": 64, "k": 8},
         "speed": {"rows": 8192, "columns": 128256, "k": 4096},
