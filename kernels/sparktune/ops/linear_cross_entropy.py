@@ -73,7 +73,7 @@ def reference(
         logits = logits + linear(linear(hidden, a.to(dtype)), b.to(dtype)) * lora_scale
     losses = row_losses(logits, labels, ignore_index, smoothing, softcap, scale, compute)
     loss = reduced_reference(losses, labels, weights, items, ignore_index, reduction)
-    if valid_rows >= 0 and reduction != "none":
+    if valid_rows >= 0:
         loss = loss * torch.where((labels != ignore_index).sum() == valid_rows, 1.0, float("nan"))
     return loss, losses
 
@@ -163,7 +163,7 @@ def shift_labels(labels: Tensor, ignore_index: int = -100, position_ids: Tensor 
             wanted, got = list(labels.shape), list(position_ids.shape)
             raise ValueError(f"shift_labels: position_ids must be {wanted} as labels, got {got}")
         labels = torch.where(position_ids == 0, ignore_index, labels)
-    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    return torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
 def linear_cross_entropy(

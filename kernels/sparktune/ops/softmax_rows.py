@@ -203,7 +203,12 @@ def reduced(
     c = Reduce.choose(losses.numel())
     if reduction == "none":
         loss.copy_(losses if weights is None else torch.where(labels != ignore_index, losses * weights, 0.0))
-        return loss, by.fill_(1.0)
+        by.fill_(1.0)
+        if expected >= 0:
+            wrong = (labels != ignore_index).sum() != expected
+            loss.masked_fill_(wrong, float("nan"))
+            by.masked_fill_(wrong, float("nan"))
+        return loss, by
     dispatch.launch(
         reduce_kernel, 1, losses, losses, labels, losses if weights is None else weights,
         losses if items is None else items, loss, by, losses.numel(), ignore_index, expected,
