@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.nn.functional import linear
 
 pytestmark = pytest.mark.kernels(together=True)
-H100 = DeviceProperties(132, 232448, 2048, 50 * 2**20)
+H100 = DeviceProperties(132, 232448, 2048, 50 * 2**20, 90)
 
 
 def rand(device, *shape, dtype=torch.float32, seed=1, scale=1.0):

@@ -147,7 +147,7 @@ def test_room_is_left_behind_every_row_and_can_be_written(device, compiled):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("props", [SPARK, INTERPRETER, DeviceProperties(132, 232448, 2048, 50 * 2**20)])
+@pytest.mark.parametrize("props", [SPARK, INTERPRETER, DeviceProperties(132, 232448, 2048, 50 * 2**20, 90)])
 @pytest.mark.parametrize("n", [1, 63, 1024, 1025, 2560, 3072, 5120, 8192, 8193, 262144])
 @pytest.mark.parametrize("module", [add_module, layer_module])
 def test_every_width_gets_a_configuration_that_the_gate_compiled(module, n, props):

@@ -96,7 +96,7 @@ def test_every_launch_names_its_kernels_arguments(op):
     assert len(said) == len(set(said))
 
 
-@pytest.mark.parametrize("props", [SPARK, INTERPRETER, DeviceProperties(40, 101376, 1536, 2**24)])
+@pytest.mark.parametrize("props", [SPARK, INTERPRETER, DeviceProperties(40, 101376, 1536, 2**24, 121)])
 @pytest.mark.parametrize("n", [1, 63, 1024, 1025, 5120, 8192, 8193, 262144])
 def test_every_width_gets_a_configuration_that_the_gate_compiled(props, n):
     gate = {

@@ -27,9 +27,9 @@ class Target:
 TARGETS = {
     t.name: t
     for t in (
-        Target("sm_90", 90, 232448, device=DeviceProperties(132, 232448, 2048, 50 * 2**20)),
-        Target("sm_100", 100, 232448, device=DeviceProperties(148, 232448, 2048, 126 * 2**20)),
-        Target("sm_120", 120, 101376, device=DeviceProperties(84, 101376, 1536, 48 * 2**20)),
+        Target("sm_90", 90, 232448, device=DeviceProperties(132, 232448, 2048, 50 * 2**20, 90)),
+        Target("sm_100", 100, 232448, device=DeviceProperties(148, 232448, 2048, 126 * 2**20, 100)),
+        Target("sm_120", 120, 101376, device=DeviceProperties(84, 101376, 1536, 48 * 2**20, 120)),
         Target("sm_121", 121, 101376),
     )
 }

@@ -136,17 +136,19 @@ def backward_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """How a pass is launched: tiles of 16 columns a thread, two loads of 16 bytes in bf16."""
+    """How a pass is launched: tiles of two loads of 16 bytes a thread, 16 columns in bf16."""
 
     lanes: int
     num_warps: int
 
+    SMALL = 2048  # columns up to which a warp is enough
+
     @classmethod
-    def choose(cls, m: int, p: DeviceProperties, backward: bool) -> Config:
+    def choose(cls, m: int, n: int, itemsize: int, p: DeviceProperties, backward: bool) -> Config:
         """8 warps; in the forward 16 where there are fewer rows than programs of 8 warps run at once."""
         warps = 16 if not backward and m < p.sm_count * p.threads_per_sm // 256 else 8
-        warps = min(warps, p.threads_per_sm // 32)  # the interpreter's device: small rows then take several tiles
-        return cls(64 * warps, warps)
+        warps = 1 if n <= cls.SMALL else warps
+        return cls((64 if itemsize == 2 else 32) * warps, warps)
 
 
 def _forward(
@@ -160,7 +162,7 @@ def _forward(
     rows = labels.reshape(-1).contiguous()
     if m:
         flat = dispatch.rows(logits)
-        c = Config.choose(m, DeviceProperties.of(logits.device), backward=False)
+        c = Config.choose(m, n, logits.dtype.itemsize, DeviceProperties.of(logits.device), backward=False)
         dispatch.launch(
             forward_kernel, m, logits, flat, rows, losses, state, m, n, flat.stride(0), ignore_index, smoothing, scale,
             softcap, CAPPED=softcap > 0, SMOOTH=smoothing > 0, LANES=c.lanes, num_warps=c.num_warps,
@@ -178,7 +180,7 @@ def _backward(
     dx = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if m:
         flat = dispatch.rows(logits)
-        c = Config.choose(m, DeviceProperties.of(logits.device), backward=True)
+        c = Config.choose(m, n, logits.dtype.itemsize, DeviceProperties.of(logits.device), backward=True)
         dispatch.launch(
             backward_kernel, (m, triton.cdiv(n + 7, 8 * c.lanes)), logits, dloss, by,
             by if weights is None else weights.reshape(-1).contiguous(), flat, labels.reshape(-1).contiguous(), state,
@@ -320,18 +322,24 @@ def _launches(p: DeviceProperties) -> list[Launch]:
     for dtype in FLOATS:
         ptr = f"*{TRITON_TYPES[dtype]}"
         tensors = {"logits_ptr": ptr, "labels_ptr": "*i64", "state_ptr": "*fp32"} | scalars | {"ignore_index": "i32"}
-        for both in (False, True):
-            for rows in (1, 2**20) if dtype == torch.bfloat16 else (2**20,):
-                c = Config.choose(rows, p, backward=False)
-                flags = {"CAPPED": both, "SMOOTH": both, "LANES": c.lanes}
-                args = tensors | {"loss_ptr": "*fp32"} | dict.fromkeys(flags, "constexpr")
-                when = f"forward, {'few' if rows == 1 else 'many'} rows"
-                found.append(Launch(when, "forward_kernel", args, flags, c.num_warps, 3, ptr[1:], "capped" * both))
-            c = Config.choose(2**20, p, backward=True)
+        for n, both, few in (
+            (128256, False, False),
+            (128256, True, False),
+            (Config.SMALL, True, False),
+            (128256, True, True),
+        ):
+            when = f"V = {n}" + ", few rows" * few
+            c = Config.choose(1 if few else 2**20, n, dtype.itemsize, p, backward=False)
+            flags = {"CAPPED": both, "SMOOTH": both, "LANES": c.lanes}
+            args = tensors | {"loss_ptr": "*fp32"} | dict.fromkeys(flags, "constexpr")
+            found.append(Launch(when, "forward_kernel", args, flags, c.num_warps, 3, ptr[1:], "capped" * both))
+            if few:
+                continue
+            c = Config.choose(2**20, n, dtype.itemsize, p, backward=True)
             flags = {"WEIGHTED": both, "CAPPED": both, "ALIKE": not both, "LANES": c.lanes}
             args = tensors | dict.fromkeys(("dloss_ptr", "by_ptr", "weights_ptr"), "*fp32") | {"dx_ptr": ptr}
             args |= {"dloss_stride": "i32", "even": "fp32"} | dict.fromkeys(flags, "constexpr")
-            found.append(Launch("backward", "backward_kernel", args, flags, c.num_warps, 3, ptr[1:], "capped" * both))
+            found.append(Launch(when, "backward_kernel", args, flags, c.num_warps, 3, ptr[1:], "capped" * both))
     for reduction, weighted, items in (("mean", True, False), ("sum", False, True)):
         options: dict[str, Any] = {"REDUCTION": reduction, "WEIGHTED": weighted, "ITEMS": items, "BLOCK": 4096}
         args = REDUCE_ARGS | dict.fromkeys(options, "constexpr")

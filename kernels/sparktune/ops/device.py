@@ -21,6 +21,7 @@ class DeviceProperties:
     shared_memory_per_block: int  # most a block may opt in to, bytes
     threads_per_sm: int
     l2_bytes: int
+    capability: int  # 10 * major + minor; 0 is the interpreter's
 
     @classmethod
     def of(cls, device: torch.device) -> DeviceProperties:
@@ -38,10 +39,13 @@ def _read(index: int) -> DeviceProperties:
         shared_memory_per_block=p.shared_memory_per_block_optin,
         threads_per_sm=p.max_threads_per_multi_processor,
         l2_bytes=p.L2_cache_size,
+        capability=10 * p.major + p.minor,
     )
 
 
 # One SM that holds one block: small inputs then reach the paths where a program works through many rows.
-INTERPRETER = DeviceProperties(sm_count=1, shared_memory_per_block=101376, threads_per_sm=32, l2_bytes=0)
+INTERPRETER = DeviceProperties(sm_count=1, shared_memory_per_block=101376, threads_per_sm=32, l2_bytes=0, capability=0)
 # The smallest device the heuristics must fit; the ahead-of-time gate compiles for it.
-SPARK = DeviceProperties(sm_count=48, shared_memory_per_block=101376, threads_per_sm=1536, l2_bytes=24 * 2**20)
+SPARK = DeviceProperties(
+    sm_count=48, shared_memory_per_block=101376, threads_per_sm=1536, l2_bytes=24 * 2**20, capability=121
+)

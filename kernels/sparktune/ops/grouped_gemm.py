@@ -164,6 +164,7 @@ class Config:
 
     STAGES = 4
     LARGE = 200 * 1024  # shared memory from which a tile may be 256 columns wide
+    TENSOR_MEMORY = 10  # major: accumulators come back from it for the low rank, and 256 columns spill 520 bytes
 
     @classmethod
     def choose(cls, m: int, experts: int, n: int, dtype: torch.dtype, step: int, p: DeviceProperties) -> Config:
@@ -181,7 +182,8 @@ class Config:
         elif each <= 64:
             rows, cols, depth, warps = (16 if each <= 16 else 64), 128, 64, 4
         else:
-            rows, cols, depth, warps = 128, 256 if p.shared_memory_per_block >= cls.LARGE else 128, 64, 8
+            wide = p.shared_memory_per_block >= cls.LARGE and p.capability // 10 != cls.TENSOR_MEMORY
+            rows, cols, depth, warps = 128, 256 if wide else 128, 64, 8
         stage = (rows + cols) * depth * dtype.itemsize
         stages = max(2, min(cls.STAGES, p.shared_memory_per_block // stage))
         resident = max(1, min(p.shared_memory_per_block // (stages * stage), p.threads_per_sm // (32 * warps)))

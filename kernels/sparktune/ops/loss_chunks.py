@@ -8,8 +8,9 @@ One chunk of C rows is one buffer of logits [C, V], rows padded to 64 columns so
     products  dh = dz W;  dW += dz^T h in fp32                                                cuBLAS
 
 In the third step a program works through whole rows: from the end to the beginning for the log-sum-exp, then back for
-the gradient, which finds in L2 what was just read, as long as all rows at work fit there. So there are as many programs
-as that allows (0.7 of L2, a row of 128256 in bf16 is 256 KB: one for each SM of an H100 or a GB10).
+the gradient, which finds in L2 what was just read, as long as all rows at work fit there. So few programs run, and each
+works through several rows: a row of 128256 in bf16 is 256 KB, and one for each SM fills 0.7 of an H100's L2 and half of
+a GB10's.
 """
 
 from __future__ import annotations
@@ -151,6 +152,7 @@ class Config:
 
     TILES = 16  # waves of 128 x 256 tiles of the logits' product: the last, partly empty one is then under 1 / 16
     PLAN_BLOCK = 1024
+    SMALL = 2048  # columns up to which a warp is enough
 
     @classmethod
     def choose(cls, rows: int, v: int, itemsize: int, trained: bool, chunk: int, p: DeviceProperties) -> Config:
@@ -164,11 +166,11 @@ class Config:
             wanted = triton.next_power_of_2(cls.TILES * p.sm_count * 128 * 256 // v)
             chunk = min(4096, max(1024, wanted) * (2 if trained else 1))
         chunk = max(1, min(chunk, rows))
-        # As many programs for an SM as keep their rows in L2, up to 4, with 32 warps between them: 64 registers a thread.
-        # One load of 16 bytes a thread, since two spill; but where an SM takes 2048 threads ptxas would halve the
-        # registers for a second block of 32 warps, and spills with one load instead.
-        each = min(4, max(1, int(0.7 * p.l2_bytes) // (v * itemsize * p.sm_count)))
-        warps = min({1: 32, 4: 8}.get(each, 16), p.threads_per_sm // 32)
+        # Rows at work stay in L2: 4 programs of 8 warps for an SM where so many rows fit, else one of 32, of 64
+        # registers a thread. One load of 16 bytes a thread, since two spill; but where an SM takes 2048 threads ptxas would
+        # halve the registers for a second block of 32 warps, and spills with one load instead.
+        each = 4 if 4 * p.sm_count * v * itemsize <= 0.7 * p.l2_bytes else 1
+        warps = 1 if v <= cls.SMALL else 8 if each == 4 else 32
         loads = 2 if warps == 32 and itemsize == 2 and p.threads_per_sm >= 2048 else 1
         return cls(chunk, 32 * warps * loads, warps, min(chunk, each * p.sm_count))
 
@@ -327,7 +329,7 @@ def scatter(
 
 
 def launches(p: DeviceProperties) -> list[Launch]:
-    """Every kernel for each dtype; both ends of the table of programs."""
+    """Every kernel for each dtype; every number of warps."""
     found = []
     whole = dict.fromkeys(("offset", "rows", "n", "lanes", "k", "m", "stride", "dloss_stride", "ignore_index"), "i32")
     real = dict.fromkeys(("smoothing", "even", "scale", "cap"), "fp32")
@@ -342,7 +344,7 @@ def launches(p: DeviceProperties) -> list[Launch]:
     rows = "logits_ptr labels_ptr order_ptr factor_ptr losses_ptr offset rows n lanes ignore_index smoothing even scale cap"
     for torch_dtype in FLOATS:
         dtype, copy = TRITON_TYPES[torch_dtype], {"ROWS": COPY_ROWS, "BLOCK": COPY_BLOCK}
-        for v, extras in ((2048, False), (128256, False), (128256, True)):
+        for v, extras in ((Config.SMALL, True), (16384, False), (128256, False), (128256, True)):
             c = Config.choose(2**20, v, torch_dtype.itemsize, False, 0, p)
             flags: dict[str, int] = dict.fromkeys(("ORDERED", "WEIGHTED", "CAPPED", "SMOOTH"), extras)
             flags |= {"GRADIENT": True, "LANES": c.lanes}

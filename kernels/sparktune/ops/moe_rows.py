@@ -83,7 +83,7 @@ class Config:
     block: int
     num_warps: int
 
-    ELEMENTS = 8192  # of a tile: 8 rows of 1024 columns, 64 values a thread
+    ELEMENTS = 4096  # of a tile: 8 rows of 512 columns, 32 values a thread; 64 in fp16 spill
 
     @classmethod
     def choose(cls, top_k: int, width: int, p: DeviceProperties) -> Config:
