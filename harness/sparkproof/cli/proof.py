@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -45,7 +47,8 @@ def compile_kernels(
     for target in arch:
         if target not in aot.TARGETS:
             raise UserError(f"Unknown architecture '{target}'.", f"Known: {', '.join(aot.TARGETS)}.")
-    document = aot.compile_all(arch, ops)
+    with _working("compiling") as progress:
+        document = aot.compile_all(arch, ops, progress=progress)
     if json_out:
         print(json.dumps(document, indent=1))
     else:
@@ -54,17 +57,38 @@ def compile_kernels(
 
 
 def _compile_table(document: dict[str, Any]) -> None:
+    """An op a row, its worst configuration in each column; then each configuration that does not fit, in full."""
     console = Console()
-    table = Table("op", "arch", "kernel", "configuration", "registers", "spills", "shared bytes", "limit", "", box=None)
-    for row in document["configurations"]:
-        ok = "[green]fits[/green]" if row["passed"] else f"[red]{escape(row['reason'])}[/red]"
-        table.add_row(
-            row["op"], row["arch"], row["kernel"], escape(row["configuration"]), str(row["registers"]), str(row["spills"]),
-            str(row["shared_bytes"]), str(row["shared_limit"]), ok,
-        )  # fmt: skip
+    rows = document["configurations"]
+    archs = list(dict.fromkeys(r["arch"] for r in rows))
+    table = Table("op", "arch", "launches", "registers", "spills", "shared bytes", "limit", "", box=None)
+    for arch in archs:
+        for op in dict.fromkeys(r["op"] for r in rows):
+            mine = [r for r in rows if r["op"] == op and r["arch"] == arch]
+            bad = sum(not r["passed"] for r in mine)
+            worst = {k: max((r[k] or 0 for r in mine), default=0) for k in ("registers", "spills", "shared_bytes")}
+            limit = max((r["shared_limit"] for r in mine), default=0)
+            table.add_row(
+                op, arch, str(len(mine)), str(worst["registers"]), str(worst["spills"]), str(worst["shared_bytes"]), str(limit),
+                f"[red]{bad} do not[/red]" if bad else "[green]fit[/green]",
+            )  # fmt: skip
     console.print(table)
-    bad = sum(not r["passed"] for r in document["configurations"])
-    console.print(f"{len(document['configurations'])} configurations, {bad} do not fit.")
+    failed = [r for r in rows if not r["passed"]]
+    for r in failed:
+        what = " ".join(x for x in (r["op"], r["arch"], r["kernel"], r["dtype"], r["variant"]) if x)
+        console.print(f"[red]does not fit[/red] {escape(what)}, {escape(r['configuration'])}: {escape(r['reason'])}")
+    console.print(
+        f"{len(rows)} configurations for {', '.join(archs)} with Triton {document['triton']}, {len(failed)} do not fit; "
+        f"{document['seconds']:.0f} s."
+    )
+
+
+@contextmanager
+def _working(what: str) -> Iterator[Callable[[str], None]]:
+    """A line on a terminal's stderr that says what is at work; nothing anywhere else."""
+    console = Console(stderr=True)
+    with console.status(what) as status:
+        yield lambda text: status.update(escape(text))
 
 
 @selftest.command("kernels")
@@ -75,7 +99,9 @@ def selftest_kernels(
     """Run each op's planted mutants through its own test; exit 1 if one survives."""
     from sparkproof.judge import selftest as kernels
 
-    document = kernels.kernels(_known_ops(op))
+    ops = _known_ops(op)
+    with _working("trying mutants") as progress:
+        document = kernels.kernels(ops, progress)
     if json_out:
         print(json.dumps(document, indent=1))
     else:
