@@ -9,6 +9,8 @@ from sparkproof.runners import gate
 from sparkproof.runners.parity import rms
 from sparkproof.scenario import TrainScenario
 
+OPS = ("rms_norm", "lora_mlp")
+
 
 def scenario(**changes):
     return TrainScenario.model_validate(
@@ -51,7 +53,8 @@ def good(engine="hf", mode="host"):
             "data": {"digest": "d"},
             "ran": {
                 "mode": mode,
-                "watermarks": {op: dict(counts) for op in gate.KERNELS} if engine == "sparktune" else {},
+                "watermarks": {op: dict(counts) for op in OPS} if engine == "sparktune" else {},
+                "patches": {"patched": dict.fromkeys((*OPS, "documents"), 2)} if engine == "sparktune" else {},
             },
         },
         again={
@@ -172,11 +175,17 @@ def test_fault_is_caught_by_the_rule_that_names_it(name):
         ("reference", {"triton": 0, "interpreter": 0, "reference": 0}),
     ],
 )
-@pytest.mark.parametrize("op", gate.KERNELS)
+@pytest.mark.parametrize("op", OPS)
 def test_a_fallback_is_never_silent(op, mode, counts):
     seen = good("sparktune", mode)
     seen.run["ran"]["watermarks"][op] = counts
     assert [name.split(":")[0] for name in missed(seen, engine="sparktune")] == [op]
+
+
+def test_an_engine_that_patched_nothing_is_not_sparktune():
+    seen = good("sparktune")
+    seen.run["ran"].update(watermarks={}, patches={"patched": {"rms_norm": 0}})
+    assert missed(seen, engine="sparktune") == ["sparktune: modules patched"]
 
 
 def test_an_engine_that_promises_no_repeat_is_not_held_to_one():

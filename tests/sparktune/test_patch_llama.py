@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from sparktune.fast_model import FastLanguageModel
 from sparktune.models import UnknownFamilyError, patch_model, unpatch_model
-from sparktune.models.llama import SparkLlamaMLP, SparkLlamaRMSNorm
+from sparktune.models.parts import Mlp, Norm
 from sparktune.ops import dispatch
 from sparktune.quant import cpu_repack
-from sparktune.quant.linear import Nf4Linear
+from sparktune.quant.linear import Linear4bit
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +24,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+PATCHED = {
+    "linear_cross_entropy": 1, "documents": 1, "add_rms_norm": 2, "lora_qkv": 2, "lora_mlp": 2, "rms_norm": 5, "rope": 1,
+    "dequantize_4bit": 14,
+}  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -77,16 +81,15 @@ def with_lora(model):
 def test_every_module_is_patched_and_its_op_runs(folder):
     model = load(folder)
     report = patch_model(model)
-    assert report.counts == {"rms_norm": 5, "swiglu": 2, "dequantize_4bit": 14}
+    assert report.counts == PATCHED
     assert report.left == {}
     dispatch.reset()
-    model(ids())
+    model.train()(ids(), labels=ids())
     way = "triton" if DEVICE == "cuda" else ("interpreter" if dispatch.INTERPRETED else "reference")
     assert {op: counts[way] for op, counts in dispatch.watermarks().items()} == {
-        "rms_norm": 5,
-        "swiglu": 2,
-        "dequantize_4bit": 14,
-    }
+        "rms_norm": 3, "add_rms_norm": 2, "rope": 2, "lora_qkv": 2, "lora_linear": 2, "lora_mlp": 2,
+        "linear_cross_entropy": 1,
+    }  # fmt: skip
 
 
 def test_loss_and_gradients_are_those_of_the_model_unpatched(folder):
@@ -122,7 +125,7 @@ def test_undoing_gives_every_class_back_and_patching_twice_is_once(folder):
     model = load(folder)
     before = {name: type(module) for name, module in model.named_modules()}
     assert patch_model(model).counts == patch_model(model).counts
-    assert unpatch_model(model) == 21
+    assert unpatch_model(model) == sum(PATCHED.values())
     assert {name: type(module) for name, module in model.named_modules()} == before
     with pytest.raises(ValueError, match="not patched"):
         FastLanguageModel.report(model)
@@ -131,12 +134,12 @@ def test_undoing_gives_every_class_back_and_patching_twice_is_once(folder):
 def test_another_model_in_the_process_stays_as_it_was(folder):
     one, other = load(folder), load(folder)
     patch_model(one)
-    assert not any(isinstance(m, (SparkLlamaRMSNorm, SparkLlamaMLP, Nf4Linear)) for m in other.modules())
+    assert not any(isinstance(m, (Norm, Mlp, Linear4bit)) for m in other.modules())
 
 
 def test_an_unknown_family_is_refused_not_ignored():
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=50))
-    with pytest.raises(UnknownFamilyError, match=r"'gpt2'.*Families it knows: llama"):
+    with pytest.raises(UnknownFamilyError, match=r"'gpt2'.*Families it knows: .*llama"):
         patch_model(model)
 
 
@@ -144,15 +147,15 @@ def test_what_can_not_be_patched_is_listed_with_its_reason(folder):
     model = load(folder)
     layer = model.model.layers[0]
     layer.mlp.act_fn = nn.GELU()
-    layer.self_attn.q_proj.weight.quant_state.quant_type = "fp4"
+    layer.self_attn.q_proj.weight.quant_state.packing_format_for_cpu = True
     layer.input_layernorm.forward = layer.input_layernorm.forward
     report = patch_model(model)
     assert report.left == {
-        "model.layers.0.mlp": "swiglu: its activation is GELU, not SiLU",
-        "model.layers.0.self_attn.q_proj": "dequantize_4bit: its format is fp4, not nf4",
+        "model.layers.0.mlp": "lora_mlp: its activation is GELU, not silu",
+        "model.layers.0.self_attn.q_proj": "dequantize_4bit: its weight was repacked for AVX512-BF16",
         "model.layers.0.input_layernorm": "rms_norm: its forward is already replaced on the instance",
     }
-    assert report.counts == {"rms_norm": 4, "swiglu": 1, "dequantize_4bit": 13}
+    assert report.counts == PATCHED | {"rms_norm": 4, "lora_mlp": 1, "dequantize_4bit": 13}
     assert "3 left" in str(report) or "left" in str(report)
 
 
@@ -177,7 +180,7 @@ def test_the_fast_model_by_the_names_users_know(folder, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-class TestNf4Linear:
+class TestLinear4bit:
     @staticmethod
     def make(nested=True, bias=True, dtype=torch.float32, size=(96, 64)):
         torch.manual_seed(2)
@@ -187,7 +190,7 @@ class TestNf4Linear:
         layer = layer.to(dtype).to(DEVICE) if DEVICE == "cuda" else layer.to(dtype)
         if getattr(layer.weight, "quant_state", None) is None:
             layer.weight = layer.weight._quantize(DEVICE)
-        layer.__class__ = Nf4Linear
+        layer.__class__ = Linear4bit
         return layer
 
     @pytest.mark.parametrize("nested", [True, False])
@@ -206,23 +209,6 @@ class TestNf4Linear:
         assert torch.allclose(y, expected, **tolerance)
         for a, b in zip(got, want, strict=True):
             assert torch.allclose(a, b, **tolerance)
-
-    def test_the_base_weight_gets_no_gradient_and_no_dense_copy_is_saved(self):
-        layer = self.make(bias=False)
-        x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel() * t.itemsize) or t, lambda t: t):
-            y = layer(x)
-        y.sum().backward()
-        assert layer.weight.grad is None
-        assert sum(saved) == 96 * 64 // 2
-
-    def test_double_backward_is_an_error_not_a_wrong_number(self):
-        layer = self.make(bias=False)
-        x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
-        (grad,) = torch.autograd.grad((layer(x) ** 2).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
 
     def test_it_computes_in_its_compute_dtype_and_returns_the_inputs(self):
         layer = self.make(bias=False, dtype=torch.bfloat16)

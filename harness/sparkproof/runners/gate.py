@@ -16,7 +16,7 @@ from sparkproof.results import Assertion
 from sparkproof.scenario import TrainScenario
 
 BF16_FLOOR = 1e-3  # relative L2, added to twice the reference's own error
-KERNELS = ("rms_norm", "swiglu", "dequantize_4bit")
+NO_KERNEL = ("documents", "dequantize_4bit")  # patched modules that run no op, or another one's
 
 
 @dataclass
@@ -283,9 +283,9 @@ def kernels(s: TrainScenario, seen: Evidence) -> list[Assertion]:
     marks = seen.run["ran"]["watermarks"]
     wanted = "triton" if seen.run["ran"]["mode"] == "gpu" else "reference"
     found = []
-    for op in KERNELS:
-        if op == "dequantize_4bit" and not s.load_in_4bit:
-            continue
+    patched = seen.run["ran"]["patches"].get("patched", {})
+    expected = [op for op, modules in patched.items() if modules and op not in NO_KERNEL]
+    for op in dict.fromkeys((*expected, *marks)):
         counts = marks.get(op, {})
         other = sum(n for way, n in counts.items() if way != wanted)
         found.append(
@@ -297,4 +297,6 @@ def kernels(s: TrainScenario, seen: Evidence) -> list[Assertion]:
                 detail=f"{other} calls ran another way: {counts}." if other else "",
             )
         )
+    if not expected:
+        found.append(Assertion(name="sparktune: modules patched", passed=False, value=0, bound="> 0"))
     return found

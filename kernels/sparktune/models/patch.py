@@ -13,28 +13,26 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-FAMILIES = {"llama": "sparktune.models.llama"}  # transformers' config.model_type -> module with RULES
+from sparktune.models import attention
+from sparktune.models.swap import Rule
+
+# transformers' config.model_type -> the module with its RULES
+FAMILIES = {
+    name: f"sparktune.models.{file}"
+    for name, file in {
+        "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3",
+    }.items()
+}  # fmt: skip
 REPORT_ATTRIBUTE = "_sparktune_patch_report"
 
 
 class UnknownFamilyError(ValueError):
     """The model's family has no rules here, so no op of sparktune would run in it."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Modules of exactly the class `source` become `target`, which runs `op`, unless `refuse` gives a reason."""
-
-    op: str
-    source: type[nn.Module]
-    target: type[nn.Module]
-    refuse: Callable[[Any], str]  # module -> why not, or ""
 
 
 @dataclass
@@ -44,6 +42,7 @@ class PatchReport:
     family: str
     patched: dict[str, list[str]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    attention_before: str = ""  # what transformers would call for attention
 
     @property
     def counts(self) -> dict[str, int]:
@@ -72,7 +71,10 @@ def rules_for(model: nn.Module) -> tuple[str, tuple[Rule, ...]]:
 
 
 def patch_model(model: nn.Module) -> PatchReport:
-    """Patch every module that a rule fits, in place; return (and keep on the model) the report. Twice is as once."""
+    """Patch every module that a rule fits, in place; return (and keep on the model) the report. Twice is as once.
+
+    Attention goes through `sparktune.ops.attention` by transformers' own interface, in families whose modules stay too.
+    """
     family, rules = rules_for(model)
     report = PatchReport(family, {rule.op: [] for rule in rules})
     for name, module in model.named_modules():
@@ -88,8 +90,26 @@ def patch_model(model: nn.Module) -> PatchReport:
                 else:
                     module.__class__ = rule.target
                     report.patched[rule.op].append(name)
+    base = _transformers_model(model)
+    before = str(base.config._attn_implementation)
+    report.attention_before = _report_of(model).attention_before if before == attention.NAME else before
+    attention.register()
+    base.set_attn_implementation(attention.NAME)
     object.__setattr__(model, REPORT_ATTRIBUTE, report)
     return report
+
+
+def _transformers_model(model: Any) -> Any:
+    """The model itself, out of PEFT's wrapper if it is in one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _report_of(model: nn.Module) -> PatchReport:
+    for module in model.modules():
+        found = getattr(module, REPORT_ATTRIBUTE, None)
+        if isinstance(found, PatchReport):
+            return found
+    return PatchReport("unknown", attention_before="sdpa")
 
 
 def unpatch_model(model: nn.Module) -> int:
@@ -102,6 +122,8 @@ def unpatch_model(model: nn.Module) -> int:
         if source is not None:
             module.__class__ = source
             undone += 1
-    if hasattr(model, REPORT_ATTRIBUTE):
-        object.__delattr__(model, REPORT_ATTRIBUTE)
+    _transformers_model(model).set_attn_implementation(_report_of(model).attention_before or "sdpa")
+    for module in model.modules():
+        if REPORT_ATTRIBUTE in vars(module):
+            object.__delattr__(module, REPORT_ATTRIBUTE)
     return undone

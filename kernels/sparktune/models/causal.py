@@ -1,0 +1,165 @@
+"""The model around its layers: documents found once a forward, and a loss that never makes the logits whole.
+
+`Backbone` goes over the family's model (LlamaModel ...), `CausalLM` over its head (LlamaForCausalLM ...). Training with
+labels gives the loss and no logits, since a chunk of rows is all of them that ever exists; evaluation, and anything else
+without gradients, gives both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparktune.models.attention import without_masks
+from sparktune.models.documents import Documents
+from sparktune.models.projection import Unfit, note_fallback
+from sparktune.ops.linear_cross_entropy import linear_cross_entropy
+
+
+class Backbone:
+    """The decoder without its head. With no cache, attention goes by documents and no mask is made."""
+
+    def forward(
+        self: Any, input_ids: Tensor | None = None, attention_mask: Any = None, position_ids: Tensor | None = None,
+        past_key_values: Any = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """As transformers' own; besides, `documents` or what `Documents.KWARGS` names. Training makes no cache."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        if use_cache is None and self.training:
+            use_cache = False
+        arguments = {
+            "input_ids": input_ids, "position_ids": position_ids, "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs,
+        }  # fmt: skip
+        prepared = attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2)
+        if past_key_values is not None or use_cache is not False or prepared or given is None:
+            return super().forward(attention_mask=attention_mask, **arguments)  # type: ignore[misc]
+        batch, length = given.shape[:2]
+        if "documents" not in kwargs:
+            arguments["documents"] = Documents.of(batch, length, attention_mask, position_ids, arguments)
+        documents = arguments["documents"]
+        if position_ids is None and documents is not None and documents.packed:
+            arguments["position_ids"] = documents.positions(batch, length)
+        # A mask of ones keeps transformers from looking for packed documents itself, which would wait for the device.
+        ones = torch.ones((batch, length), dtype=torch.bool, device=given.device)
+        with without_masks():
+            return super().forward(attention_mask=ones, **arguments)  # type: ignore[misc]
+
+
+class CausalLM:
+    """The decoder with its head; the loss comes from hidden states and the head's weight."""
+
+    def forward(
+        self: Any, input_ids: Tensor | None = None, attention_mask: Any = None, position_ids: Tensor | None = None,
+        past_key_values: Any = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """As transformers' own. With labels in training `logits` is None; `num_items_in_batch` divides the sum."""
+        shift_labels = kwargs.pop("shift_labels", None)
+        everything = dict(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
+        why = self._not_fused(labels, shift_labels, kwargs)
+        if why is not None:
+            if why:
+                note_fallback("the loss", why)
+            extra = {} if shift_labels is None else {"shift_labels": shift_labels}
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **everything, **extra)  # type: ignore[misc]
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        count = everything.pop("num_items_in_batch", None)
+        if past_key_values is None and use_cache is None:
+            everything["use_cache"] = False
+        given = input_ids if input_ids is not None else inputs_embeds
+        documents = kwargs.get("documents")
+        if everything["use_cache"] is False and "documents" not in kwargs and _two_dimensional(attention_mask):
+            assert given is not None
+            documents = Documents.of(given.shape[0], given.shape[1], attention_mask, position_ids, everything)
+            everything["documents"] = documents
+        outputs = self.model(**everything)
+        hidden = outputs.last_hidden_state
+        loss = self._loss(hidden, labels, shift_labels, documents, count)
+        logits = None if self.training and torch.is_grad_enabled() else self._logits(hidden, logits_to_keep)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )  # fmt: skip
+
+    def _not_fused(self: Any, labels: Tensor | None, shift_labels: Tensor | None, kwargs: dict[str, Any]) -> str | None:
+        """Why the family's own forward runs: "" without labels, a reason, or None when it does not."""
+        if labels is None and shift_labels is None:
+            return ""
+        if kwargs.get("return_dict") is False:
+            return "a tuple was asked for"
+        if kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False)):
+            return "the router's loss was asked for"
+        try:
+            head(self.lm_head)
+        except Unfit as unfit:
+            return str(unfit)
+        return None
+
+    def _loss(
+        self: Any, hidden: Tensor, labels: Tensor | None, shift_labels: Tensor | None, documents: Documents | None,
+        count: Tensor | float | None,
+    ) -> Tensor:  # fmt: skip
+        targets = labels if shift_labels is None else shift_labels
+        assert targets is not None
+        targets = targets.to(hidden.device)
+        if shift_labels is None and documents is not None and documents.packed:
+            targets = documents.without_first(targets)
+        weight, bias, a, b, scale = head(self.lm_head)
+        if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(weight.dtype)
+        loss, _ = linear_cross_entropy(
+            hidden, weight, targets, bias=bias, num_items_in_batch=count, softcap=self._softcap, logit_scale=self._scale,
+            lora_a=a, lora_b=b, lora_scale=scale, shift=shift_labels is None,
+        )  # fmt: skip
+        return loss
+
+    def _logits(self: Any, hidden: Tensor, keep: int | Tensor) -> Tensor:
+        rows = slice(-keep, None) if isinstance(keep, int) else keep
+        logits: Tensor = self.lm_head(hidden[:, rows, :]) * self._scale
+        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
+
+    @property
+    def _softcap(self: Any) -> float:
+        return float(getattr(self.config, "final_logit_softcapping", None) or 0.0)
+
+    @property
+    def _scale(self: Any) -> float:
+        return float(getattr(self.config, "logit_scale", None) or 1.0)
+
+
+def _two_dimensional(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+
+
+def head(module: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
+    """(weight [V, K], bias, LoRA's A and B, scale) of a language model's head. Errors: Unfit with the reason."""
+    saved = getattr(module, "modules_to_save", None)
+    if saved is not None:  # PEFT's copy that is trained whole
+        if getattr(module, "disable_adapters", False):
+            module = module.original_module
+        else:
+            active = [n for n in module.active_adapters if n in saved]
+            module = saved[active[0]] if active else module.original_module
+    base = getattr(module, "base_layer", module)
+    weight = getattr(base, "weight", None)
+    if not isinstance(base, nn.Linear) or not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise Unfit(f"its head is a {type(base).__name__} of {getattr(weight, 'dtype', 'no weight')}")
+    if base is module:
+        return weight, base.bias, None, None, 1.0
+    if module.merged or module.disable_adapters:
+        return weight, base.bias, None, None, 1.0
+    active = [n for n in module.active_adapters if n in module.lora_A]
+    if len(active) != 1 or module.use_dora.get(active[0], False):
+        raise Unfit("its head has DoRA, or not one adapter")
+    drop = module.lora_dropout[active[0]]
+    if isinstance(drop, nn.Dropout) and drop.p and module.training:
+        raise Unfit("its head has LoRA with dropout")
+    a, b = module.lora_A[active[0]].weight, module.lora_B[active[0]].weight
+    return weight, base.bias, a, b, float(module.scaling[active[0]])

@@ -1,0 +1,82 @@
+"""One tiny model a family, as `tests/sparktune/test_families.py` judges it: real architectures, random weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "initializer_range": 0.15, "tie_word_embeddings": False, "use_cache": False,
+}  # fmt: skip
+# family -> (configuration class, what differs from COMMON)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama3-rope": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": 9}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+}  # fmt: skip
+TARGETS = "all-linear"
+
+
+def build(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of the family with random weights, biases and norms included, in evaluation mode."""
+    name, changes = FAMILIES[family]
+    config = getattr(transformers, name)(**{**COMMON, **changes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    for parameter in model.parameters():  # norms at 1 and biases at 0 would hide a wrong one
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model.to(dtype).eval()
+
+
+def with_lora(model: Any, **options: Any) -> Any:
+    """LoRA around every linear layer but the head, with B that is not zero."""
+    torch.manual_seed(1)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "init_lora_weights": False, **options}
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+
+
+def twins(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Any]:
+    """(transformers' model, the same patched), both with the same LoRA, in training mode."""
+    from sparktune.models import patch_model
+
+    plain = with_lora(build(family, dtype), **options)
+    ours = copy.deepcopy(plain)
+    patch_model(ours)
+    return plain.train(), ours.train()
+
+
+def tokens(batch: int = 2, length: int = 24, vocab: int = 160, seed: int = 3) -> torch.Tensor:
+    """Random ids [batch, length], none of them padding."""
+    return torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def step(model: Any, **batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(loss, gradients by name) of one batch."""
+    model.zero_grad(set_to_none=True)
+    loss = model(use_cache=False, **batch).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest relative L2 distance over all gradients, and its name. Errors: AssertionError where names differ."""
+    assert ours.keys() == theirs.keys() and ours
+    found = [(float((ours[n] - g).double().norm() / g.double().norm().clamp_min(1e-30)), n) for n, g in theirs.items()]
+    return max(found)

@@ -1,0 +1,132 @@
+"""Every family against transformers' own: losses, every LoRA gradient, packing, padding, twenty steps, generation."""
+
+import pytest
+import torch
+from families import FAMILIES, build, step, tokens, twins, worst
+from sparktune.models import patch_model, unpatch_model
+from sparktune.models.projection import fallbacks, reset_fallbacks
+from sparktune.ops import dispatch
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+every = pytest.mark.parametrize("family", FAMILIES)
+
+
+@every
+def test_loss_and_gradients_are_those_of_transformers(family):
+    theirs, ours = twins(family)
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    reset_fallbacks()
+    dispatch.reset()
+    loss, grads = step(theirs, **batch)
+    assert not dispatch.watermarks()
+    found, own = step(ours, **batch)
+    assert found == pytest.approx(loss.item(), rel=1e-6)
+    distance, name = worst(own, grads)
+    assert distance < 1e-5, name
+    assert all(g.abs().max() > 0 for g in grads.values())
+    assert not fallbacks()
+    assert dispatch.watermarks()["linear_cross_entropy"]
+
+
+@every
+def test_in_bf16_it_is_no_further_from_the_truth_than_twice_transformers(family):
+    truth, _ = twins(family)
+    theirs, ours = twins(family, torch.bfloat16)
+    truth.load_state_dict({k: v.float() for k, v in theirs.state_dict().items()})
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    (exact, exact_grads), (loss, grads), (found, own) = (step(m, **batch) for m in (truth, theirs, ours))
+    assert abs(found - exact) <= 2 * abs(loss - exact) + 2e-3
+    for name, grad in exact_grads.items():
+        norm = grad.norm()
+        assert (own[name] - grad).norm() / norm <= 2 * (grads[name] - grad).norm() / norm + 8e-3, name
+
+
+@every
+def test_packed_documents_are_those_documents_alone(family):
+    theirs, ours = twins(family)
+    lengths = (7, 1, 11, 5)
+    ids = tokens(1, sum(lengths))
+    labels = ids.clone()
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    losses = {}
+    alone = {}
+    count = sum(n - 1 for n in lengths)
+    for start, length in zip(starts, lengths, strict=True):
+        if length == 1:
+            continue  # one token has nothing to predict
+        part = ids[:, start : start + length]
+        loss, grads = step(theirs, input_ids=part, labels=part, num_items_in_batch=count)
+        losses[start] = loss
+        alone = {n: alone.get(n, 0) + g for n, g in grads.items()}
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    cumulative = torch.tensor([0, *(s + n for s, n in zip(starts, lengths, strict=True))], dtype=torch.int32)
+    ways = {
+        "positions": {"position_ids": positions},
+        "lengths": {"packed_seq_lengths": torch.tensor(lengths)},
+        "cumulative": {"position_ids": positions, "cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative,
+                       "max_length_q": 11, "max_length_k": 11},
+    }  # fmt: skip
+    for way, extra in ways.items():
+        loss, grads = step(ours, input_ids=ids, labels=labels, **extra)
+        assert loss == pytest.approx(sum(losses.values()).item(), rel=1e-5), way
+        distance, name = worst(grads, alone)
+        assert distance < 2e-5, (way, name)
+
+
+@every
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(family, side):
+    theirs, ours = twins(family)
+    long, short = tokens(1, 13), tokens(1, 6, seed=4)
+    pad = torch.zeros(1, 7, dtype=torch.long)
+    row = torch.cat((pad, short) if side == "left" else (short, pad), 1)
+    ids = torch.cat((long, row))
+    mask = (ids != 0).long()
+    labels = ids.masked_fill(ids == 0, -100)
+    if side == "left":
+        labels[1, 7] = -100  # else padding would predict it
+    loss, grads = step(ours, input_ids=ids, labels=labels, attention_mask=mask)
+    expected, wanted = step(theirs, input_ids=ids, labels=labels, attention_mask=mask)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    distance, name = worst(grads, wanted)
+    assert distance < 2e-5, name
+    ids[ids == 0] = 77  # whatever padding holds
+    assert step(ours, input_ids=ids, labels=labels, attention_mask=mask)[0] == loss
+
+
+@every
+def test_twenty_steps_follow_transformers(family):
+    curves = []
+    for model in twins(family):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        losses = []
+        for i in range(20):
+            ids = tokens(2, 16, seed=i % 4)
+            loss, _ = step(model, input_ids=ids, labels=ids)
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    theirs, ours = curves
+    assert ours == pytest.approx(theirs, rel=2e-4)
+    assert theirs[-1] < 0.8 * theirs[0]
+
+
+@every
+def test_generation_and_logits_are_those_of_transformers(family):
+    model = build(family)
+    ids = tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "use_cache": True}
+    with torch.no_grad():
+        before, text = model(ids, use_cache=False).logits, model.generate(ids, **options)
+        report = patch_model(model)
+        after, again = model(ids, use_cache=False).logits, model.generate(ids, **options)
+        evaluated = model(ids, labels=ids, use_cache=False)
+    assert torch.allclose(before, after, atol=1e-5 * before.abs().max())
+    assert torch.equal(text, again)
+    assert torch.allclose(evaluated.logits, before, atol=1e-5 * before.abs().max())
+    assert not report.left
+    assert unpatch_model(model) > 0
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, before)
