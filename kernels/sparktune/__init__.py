@@ -1,1 +1,29 @@
-"""sparktune: fused ops, model patches, 4-bit loading and export for fine-tuning on a DGX Spark."""
+"""sparktune: fused ops, model patches, 4-bit loading and export for fine-tuning on a DGX Spark.
+
+    from sparktune import FastLanguageModel
+
+is what fine-tuning needs; it has the names and meanings of Unsloth's class. Importing `sparktune` alone loads nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparktune.interface import FastLanguageModel as FastLanguageModel
+    from sparktune.interface import is_bfloat16_supported as is_bfloat16_supported
+
+_LAZY = ("FastLanguageModel", "is_bfloat16_supported")
+
+
+def __getattr__(name: str) -> Any:
+    """The interface, at its first use: torch and transformers take seconds to import."""
+    if name in _LAZY:
+        import sparktune.interface
+
+        return getattr(sparktune.interface, name)
+    raise AttributeError(f"module 'sparktune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from sparktune.fast_model import FastLanguageModel
+from sparktune import FastLanguageModel
 from sparktune.models import UnknownFamilyError, patch_model, unpatch_model
 from sparktune.models.parts import Mlp, Norm
 from sparktune.ops import dispatch

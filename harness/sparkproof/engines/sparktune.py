@@ -18,27 +18,36 @@ class SparktuneEngine(HfEngine):
 
     def load(self, spec: LoadSpec) -> tuple[nn.Module, Any]:
         """Load and patch; the counters of what runs start from zero here."""
-        from sparktune.fast_model import FastLanguageModel
+        from sparktune import FastLanguageModel
         from sparktune.ops import dispatch
 
         loaded = FastLanguageModel.from_pretrained(
-            spec.folder, load_in_4bit=spec.load_in_4bit, dtype=spec.dtype, device=spec.device
+            spec.folder,
+            max_seq_length=None,
+            load_in_4bit=spec.load_in_4bit,
+            dtype=spec.dtype,
+            device_map={"": spec.device},
+            use_gradient_checkpointing=False,
         )
         dispatch.reset()
         return loaded
 
     def add_lora(self, model: nn.Module, spec: LoadSpec) -> nn.Module:
-        """LoRA by the library's own call."""
-        from sparktune.fast_model import FastLanguageModel
+        """LoRA by the library's own call; without checkpointing, as the other engines run."""
+        from sparktune import FastLanguageModel
 
         lora: nn.Module = FastLanguageModel.get_peft_model(
-            model, r=spec.rank, lora_alpha=spec.alpha, target_modules=spec.target_modules
+            model,
+            r=spec.rank,
+            lora_alpha=spec.alpha,
+            target_modules=spec.target_modules,
+            use_gradient_checkpointing=False,
         )
         return lora
 
     def ran(self, model: nn.Module) -> Ran:
         """The patch report and, per op, how often a kernel, the interpreter or the reference ran."""
-        from sparktune.fast_model import FastLanguageModel
+        from sparktune import FastLanguageModel
         from sparktune.ops import dispatch
 
         return Ran(

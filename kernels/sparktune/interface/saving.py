@@ -1,0 +1,227 @@
+"""The way out, as methods of the model: adapter, merged 16-bit, GGUF; to a folder or to the hub.
+
+Merging happens in the 16-bit base that the model was loaded from (see `sparktune.export.hf` for why), found again in its
+folder or in the hub's cache. A model that was stored in 4 bits on the hub has no such base: `base_model` names it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparktune.export import ExportError, export_gguf, export_merged
+from sparktune.export.files import atomic_folder
+from sparktune.export.gguf import QType
+from sparktune.interface import arguments
+from sparktune.interface.origin import Origin, origin_of, transformers_model
+
+METHODS = ("merged_16bit", "lora")
+GGUF_TYPES: dict[str, QType] = {"q8_0": "q8_0", "f16": "f16", "fast_quantized": "q8_0", "not_quantized": "f16"}
+
+
+def save_pretrained_merged(
+    self: Any,
+    save_directory: str | Path,
+    tokenizer: Any = None,
+    save_method: str = "merged_16bit",
+    push_to_hub: bool = False,
+    token: str | bool | None = None,
+    *,
+    base_model: str | Path | None = None,
+    **kwargs: Any,
+) -> Path:
+    """Write the model to the folder `save_directory`, whole or not at all; return its path.
+
+    save_method: "merged_16bit" (LoRA merged into the 16-bit base: a folder for transformers and vLLM) or "lora" (the
+        adapter alone, for PEFT).
+    tokenizer: saved along; None takes the base's.
+    push_to_hub, token: not here; `push_to_hub_merged` uploads.
+    base_model: folder of the 16-bit base, where the model was loaded from a 4-bit checkpoint.
+
+    Errors: ExportError, ValueError or TypeError, with the fix.
+    """
+    _no_push("save_pretrained_merged", push_to_hub, token, "push_to_hub_merged")
+    arguments.unknown("save_pretrained_merged", kwargs)
+    if save_method not in METHODS:
+        raise ValueError(
+            f"save_method={save_method!r} is not supported: use 'merged_16bit' (load_in_4bit=True quantises it when it "
+            "is loaded again) or 'lora'."
+        )
+    out, lora = Path(save_directory), _is_peft(self)
+    if save_method == "lora":
+        if not lora:
+            raise ValueError("The model has no LoRA layers: use save_method='merged_16bit'.")
+        return _save_lora(self, tokenizer, out)
+    if not lora:
+        return _save_whole(self, tokenizer, out)
+    with _part(out) as part:
+        adapter = _save_lora(self, tokenizer, part / "adapter")
+        export_merged(_base(self, base_model), adapter, out, _sixteen_bit(self))
+    return out
+
+
+def save_pretrained_gguf(
+    self: Any,
+    save_directory: str | Path,
+    tokenizer: Any = None,
+    quantization_method: str | Sequence[str] = "fast_quantized",
+    first_conversion: str | None = None,
+    push_to_hub: bool = False,
+    token: str | bool | None = None,
+    *,
+    base_model: str | Path | None = None,
+    **kwargs: Any,
+) -> list[Path]:
+    """Write `<save_directory>/<its name>.<TYPE>.gguf` for llama.cpp, one file a method; return their paths.
+
+    quantization_method: "q8_0" ("fast_quantized"), "f16" ("not_quantized"), or a list of them.
+    The others: as for `save_pretrained_merged`. Errors: ExportError, ValueError or TypeError, with the fix.
+    """
+    _no_push("save_pretrained_gguf", push_to_hub, token, "push_to_hub_gguf")
+    arguments.refuse("save_pretrained_gguf", first_conversion=first_conversion)
+    arguments.unknown("save_pretrained_gguf", kwargs)
+    asked = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
+    for method in asked:
+        if method not in GGUF_TYPES:
+            raise ValueError(
+                f"quantization_method={method!r} is not supported: use 'q8_0' or 'f16'; llama.cpp's "
+                "`llama-quantize model.F16.gguf model.Q4_K_M.gguf Q4_K_M` makes the smaller ones from f16."
+            )
+    kinds = list(dict.fromkeys(GGUF_TYPES[method] for method in asked))
+    out = Path(save_directory)
+    files = [out / f"{out.name}.{kind.upper()}.gguf" for kind in kinds]
+    with _part(out) as part:
+        if _is_peft(self):
+            base, adapter = _base(self, base_model), _save_lora(self, tokenizer, part / "adapter")
+        else:
+            base, adapter = _save_whole(self, tokenizer, part / "model"), None
+        for kind, file in zip(kinds, files, strict=True):
+            export_gguf(base, file, kind, adapter)
+    return files
+
+
+def push_to_hub_merged(
+    self: Any,
+    repo_id: str,
+    tokenizer: Any = None,
+    save_method: str = "merged_16bit",
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str = "Trained with sparktune",
+    *,
+    base_model: str | Path | None = None,
+    **kwargs: Any,
+) -> str:
+    """`save_pretrained_merged` into a temporary folder beside the current one, then up to `repo_id`; returns its URL."""
+    arguments.unknown("push_to_hub_merged", kwargs)
+    with _part(Path(repo_id.rpartition("/")[2])) as part:
+        folder = save_pretrained_merged(self, part / "model", tokenizer, save_method, base_model=base_model)
+        return _upload(folder, repo_id, token, private, commit_message)
+
+
+def push_to_hub_gguf(
+    self: Any,
+    repo_id: str,
+    tokenizer: Any = None,
+    quantization_method: str | Sequence[str] = "fast_quantized",
+    first_conversion: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str = "Trained with sparktune",
+    *,
+    base_model: str | Path | None = None,
+    **kwargs: Any,
+) -> str:
+    """`save_pretrained_gguf` into a temporary folder beside the current one, then up to `repo_id`; returns its URL."""
+    arguments.unknown("push_to_hub_gguf", kwargs)
+    name = repo_id.rpartition("/")[2]
+    with _part(Path(name)) as part:
+        save_pretrained_gguf(self, part / name, tokenizer, quantization_method, first_conversion, base_model=base_model)
+        return _upload(part / name, repo_id, token, private, commit_message)
+
+
+def attach(model: Any) -> None:
+    """Give `model` the four methods, bound to this instance: its class stays transformers' or PEFT's own."""
+    for method in (save_pretrained_merged, save_pretrained_gguf, push_to_hub_merged, push_to_hub_gguf):
+        object.__setattr__(model, method.__name__, types.MethodType(method, model))
+
+
+def _is_peft(model: Any) -> bool:
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def _base(model: Any, given: str | Path | None) -> Path:
+    """The folder of the 16-bit base."""
+    if given is None:
+        return origin_of(model).folder()
+    if Path(given).is_dir():
+        return Path(given)
+    origin = origin_of(model)
+    return Origin(str(given), None, origin.hub, False).folder()
+
+
+def _sixteen_bit(model: Any) -> torch.dtype | None:
+    """The 16-bit type that the model computes in, or None (the base's own) where that is fp32."""
+    dtype = transformers_model(model).dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def _save_lora(model: Any, tokenizer: Any, out: Path) -> Path:
+    """The adapter as PEFT writes it, and the tokenizer it was trained with."""
+    with atomic_folder(out) as part:
+        model.save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+    return out
+
+
+def _save_whole(model: Any, tokenizer: Any, out: Path) -> Path:
+    """A model without adapters, its weights rounded to 16 bits where they are fp32."""
+    base = transformers_model(model)
+    if any(p.dtype == torch.uint8 for p in base.parameters()):
+        raise ExportError(
+            "The model is stored in 4 bits and has no LoRA layers: there is nothing to merge.",
+            "Train LoRA layers, or load it with load_in_4bit=False.",
+        )
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(origin_of(model).folder())
+    with atomic_folder(out) as part:
+        state = {k: v.to(torch.bfloat16) if v.dtype == torch.float32 else v for k, v in base.state_dict().items()}
+        base.save_pretrained(part, state_dict=state)
+        tokenizer.save_pretrained(part)
+    return out
+
+
+@contextmanager
+def _part(out: Path) -> Iterator[Path]:
+    """A temporary folder on the disk of `out`, which may take a whole model."""
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
+        yield Path(folder)
+
+
+def _no_push(function: str, push_to_hub: bool, token: str | bool | None, instead: str) -> None:
+    if push_to_hub or token is not None:
+        raise ValueError(
+            f"{function} writes to a folder: call model.{instead}(repo_id, tokenizer, token=...) to upload."
+        )
+
+
+def _upload(folder: Path, repo_id: str, token: str | bool | None, private: bool | None, message: str) -> str:
+    """`folder` as one commit of `repo_id`, made if it does not exist."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    url = str(api.create_repo(repo_id, private=private, exist_ok=True))
+    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+    return url
