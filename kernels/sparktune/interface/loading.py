@@ -16,9 +16,10 @@ import torch
 
 from sparktune.interface import checkpointing
 from sparktune.interface.choices import usable_length
-from sparktune.interface.origin import Origin, remember
+from sparktune.interface.origin import Origin, is_loaded, remember
 from sparktune.interface.patching import patch
 from sparktune.interface.saving import attach
+from sparktune.optim.trainer import register
 from sparktune.quant.cpu_repack import assert_layout, keep_layout
 
 LOG = logging.getLogger("sparktune")
@@ -77,6 +78,7 @@ def load(
         model.requires_grad_(True)
     checkpointing.apply(model, checkpoint)
     attach(model)
+    register(is_loaded)
     return model, load_tokenizer(request, whole, model.max_seq_length, fix_tokenizer)
 
 

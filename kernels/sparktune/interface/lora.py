@@ -67,14 +67,20 @@ def _targets(model: nn.Module, asked: str | Sequence[str], whole: list[str]) -> 
     names = [name for name, _ in model.named_modules()]
     targets = [t for t in asked if t not in TRAINED_WHOLE]
     whole = whole + [t for t in asked if t in TRAINED_WHOLE and t not in whole]
-    missing = [t for t in [*targets, *whole] if not any(n == t or n.endswith(f".{t}") for n in names)]
-    if missing and tuple(asked) == ALL_LINEAR:
-        LOG.warning("The model has no %s: LoRA goes to every linear layer but the head.", ", ".join(missing))
-        return "all-linear", whole
-    if missing:
+    missing = [t for t in targets if not _has(names, t)]
+    absent = missing if tuple(asked) != ALL_LINEAR else []
+    absent = absent + [t for t in whole if not _has(names, t)]
+    if absent:
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if "Linear" in type(m).__name__})
         raise ValueError(
-            f"The model has no module named {missing[0]!r}: use target_modules='all-linear' or names among "
+            f"The model has no module named {absent[0]!r}: use target_modules='all-linear' or names among "
             f"{', '.join(linear)}."
         )
+    if missing:
+        LOG.warning("The model has no %s: LoRA goes to every linear layer but the head.", ", ".join(missing))
+        return "all-linear", whole
     return targets, whole
+
+
+def _has(names: list[str], target: str) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)

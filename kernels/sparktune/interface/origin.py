@@ -38,6 +38,11 @@ def remember(model: nn.Module, origin: Origin) -> None:
     object.__setattr__(model, ATTRIBUTE, origin)
 
 
+def is_loaded(model: Any) -> bool:
+    """Whether sparktune loaded `model`, or the model inside it."""
+    return isinstance(getattr(model, ATTRIBUTE, None), Origin)
+
+
 def origin_of(model: nn.Module) -> Origin:
     """What `remember` kept, also through a PeftModel. Raises ValueError for a model that sparktune did not load."""
     found = getattr(model, ATTRIBUTE, None)

@@ -6,6 +6,7 @@ folder or in the hub's cache. A model that was stored in 4 bits on the hub has n
 
 from __future__ import annotations
 
+import json
 import tempfile
 import types
 from collections.abc import Iterator, Sequence
@@ -195,9 +196,17 @@ def _save_whole(model: Any, tokenizer: Any, out: Path) -> Path:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(origin_of(model).folder())
+    rounded: dict[int, torch.Tensor] = {}  # by address: tied weights stay one
+    state = {
+        name: rounded.setdefault(t.data_ptr(), t.to(torch.bfloat16)) if t.dtype == torch.float32 else t
+        for name, t in base.state_dict().items()
+    }
     with atomic_folder(out) as part:
-        state = {k: v.to(torch.bfloat16) if v.dtype == torch.float32 else v for k, v in base.state_dict().items()}
         base.save_pretrained(part, state_dict=state)
+        if rounded:
+            config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+            text = json.dumps({**config, "dtype": "bfloat16"}, indent=2, ensure_ascii=False)
+            (part / "config.json").write_text(text + "\n", encoding="utf-8")
         tokenizer.save_pretrained(part)
     return out
 

@@ -24,7 +24,8 @@ STATE = ("state1", "state2", "absmax1", "absmax2")
 
 
 class AdamW8bit(Optimizer):
-    """AdamW with 8-bit moments for tensors of `min_8bit_size` elements or more, fp32 moments for smaller ones.
+    """AdamW with 8-bit moments for tensors of `min_8bit_size` elements or more, fp32 moments for smaller ones and for the
+    parameters listed in `fp32_moments` (embeddings, say, whose rare rows 8 bits suit badly: Dettmers et al. 2022).
 
     `max_norm` clips the gradients' global norm inside the step, as `torch.nn.utils.clip_grad_norm_` before it would, but
     leaves `.grad` as it was; None for no clipping, or for clipping that is done elsewhere. With `skip_nonfinite` a step
@@ -47,6 +48,7 @@ class AdamW8bit(Optimizer):
         max_norm: float | None = None,
         skip_nonfinite: bool = True,
         min_8bit_size: int = 4096,
+        fp32_moments: Iterable[Tensor] = (),
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not float(value) >= 0:
@@ -56,6 +58,7 @@ class AdamW8bit(Optimizer):
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"AdamW8bit: max_norm must be above 0, or None, got {max_norm}")
         self.max_norm, self.skip_nonfinite, self.min_8bit_size = max_norm, skip_nonfinite, min_8bit_size
+        self.fp32_moments = tuple(fp32_moments)
         self._flat: Flat | None = None
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
@@ -106,7 +109,8 @@ class AdamW8bit(Optimizer):
             self._current()
 
     def __getstate__(self) -> dict[str, Any]:
-        more = dict(max_norm=self.max_norm, skip_nonfinite=self.skip_nonfinite, min_8bit_size=self.min_8bit_size)
+        names = ("max_norm", "skip_nonfinite", "min_8bit_size", "fp32_moments")
+        more = {name: getattr(self, name) for name in names}
         state = {p: copy for p, s in self.state.items() if (copy := self._copy(s))}
         return super().__getstate__() | more | {"state": state}
 
@@ -126,7 +130,8 @@ class AdamW8bit(Optimizer):
         bits = []
         for p in params:
             known = self.state[p].get("state1") if p in self.state else None
-            full = p.numel() < self.min_8bit_size if known is None else known.dtype == torch.float32
+            small = p.numel() < self.min_8bit_size or any(p is listed for listed in self.fp32_moments)
+            full = small if known is None else known.dtype == torch.float32
             bits.append(32 if full else 8)
         flat = Flat(params, [k for _, k in found], bits)
         for i, p in enumerate(params):
