@@ -101,13 +101,14 @@ def test_names_order_and_defaults_are_those_users_know(method, defaults):
 
 def test_a_sixteen_bit_base_with_lora_is_peft_over_transformers(base):
     model, tokenizer = load(base, dtype=torch.bfloat16)
-    assert type(model) is LlamaForCausalLM and model.dtype == torch.bfloat16
+    assert isinstance(model, LlamaForCausalLM) and model.dtype == torch.bfloat16
+    assert type(model).__name__ == "LlamaForCausalLM", "what save_pretrained writes and Trainer goes by"
     assert (model.max_seq_length, tokenizer.model_max_length, tokenizer.padding_side) == (64, 64, "right")
     wrapped = FastLanguageModel.get_peft_model(model, r=4)
     assert isinstance(wrapped, PeftModel) and wrapped.max_seq_length == 64
     trained = {n for n, p in wrapped.named_parameters() if p.requires_grad}
     assert len(trained) == 28 and all("lora_" in n for n in trained)
-    assert FastLanguageModel.report(wrapped).counts["swiglu"] == 2
+    assert FastLanguageModel.report(wrapped).counts["rms_norm"] == 5
 
 
 def test_four_bits_are_the_default_and_full_finetuning_switches_them_off(base):
@@ -128,6 +129,7 @@ def test_four_bits_are_the_default_and_full_finetuning_switches_them_off(base):
         ({"load_in_16bit": True, "load_in_4bit": True}, "load_in_4bit=False"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"config\.json"),
         ({"resize_model_vocab": 600}, "resize_token_embeddings"),
+        ({"attn_implementation": "eager"}, "sparktune's own: leave it out"),
         ({"fast_inference": True}, "serve it with vLLM"),
         ({"offload_embedding": True}, "frees nothing"),
         ({"dtype": torch.float64}, "torch.bfloat16"),
@@ -149,8 +151,7 @@ def test_from_pretrained_refuses_with_the_fix(base, changes, message):
 def test_an_argument_nobody_knows_is_an_error(base):
     with pytest.raises(TypeError, match=r"'load_in_5bit': leave it out.*attn_implementation"):
         load(base, load_in_5bit=True)
-    model, _ = load(base, load_in_8bit=False, fast_inference=False, attn_implementation="eager")
-    assert model.config._attn_implementation == "eager"
+    model, _ = load(base, load_in_8bit=False, fast_inference=False)
     with pytest.raises(TypeError, match="'loraalpha'"):
         FastLanguageModel.get_peft_model(model, loraalpha=3)
 
@@ -243,7 +244,8 @@ def test_a_family_without_rules_trains_as_hf_does_and_says_so(tmp_path, caplog):
     stock.save_pretrained(tmp_path)
     export_tiny.make_tokenizer().save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"no rules for the model family 'gpt2'.*Patched: nothing.*4 Conv1D"):
-        model, _ = load(tmp_path)
+        model, _ = load(tmp_path, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
     assert "Patched: nothing" in caplog.text
     wrapped = FastLanguageModel.get_peft_model(model, r=2, fan_in_fan_out=True, use_gradient_checkpointing=False)
     report = FastLanguageModel.report(wrapped)

@@ -1,5 +1,7 @@
 """The saving methods of a model: what they write, what they refuse, and that the hub gets the folder."""
 
+import json
+
 import export_tiny
 import pytest
 import torch
@@ -95,6 +97,9 @@ def test_a_fully_finetuned_model_is_saved_in_16_bits(base, tmp_path):
     assert set(saved) == set(load_file(base / "model.safetensors"))
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
     assert model.dtype == torch.float32
+    model.save_pretrained(tmp_path / "plain")
+    for folder in (out, tmp_path / "plain"):
+        assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert model.save_pretrained_gguf(tmp_path / "gguf")[0].is_file()
     with pytest.raises(ValueError, match="use save_method='merged_16bit'"):
         model.save_pretrained_merged(tmp_path / "lora", save_method="lora")

@@ -19,6 +19,8 @@ from sparktune.interface.choices import usable_length
 from sparktune.interface.origin import Origin, is_loaded, remember
 from sparktune.interface.patching import patch
 from sparktune.interface.saving import attach
+from sparktune.models import attention
+from sparktune.models.patch import FAMILIES
 from sparktune.optim.trainer import register
 from sparktune.quant.cpu_repack import assert_layout, keep_layout
 
@@ -105,6 +107,12 @@ def load_base(request: Request) -> Any:
     remote = {"trust_remote_code": request.trust_remote_code}
     config = AutoConfig.from_pretrained(request.name, **request.source, **remote)
     stored = _check_stored(request, config)
+    chosen = request.more.get("attn_implementation")
+    if chosen not in (None, attention.NAME) and config.model_type in FAMILIES:
+        raise ValueError(
+            f"attn_implementation={chosen!r} is not supported for the family '{config.model_type}', whose attention is "
+            "sparktune's own: leave it out."
+        )
     quantization = None
     if request.four_bit and not stored:
         quantization = BitsAndBytesConfig(
