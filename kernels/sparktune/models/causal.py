@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparktune.models import checkpointing
 from sparktune.models.attention import without_masks
 from sparktune.models.documents import Documents
 from sparktune.models.projection import Unfit, note_fallback
@@ -44,6 +45,7 @@ class Backbone:
             arguments["position_ids"] = documents.positions(batch, length)
         # A mask of ones keeps transformers from looking for packed documents itself, which would wait for the device.
         ones = torch.ones((batch, length), dtype=torch.bool, device=given.device)
+        checkpointing.assign(self, batch, length)
         with without_masks():
             return super().forward(attention_mask=ones, **arguments)  # type: ignore[misc]
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from sparktune.models import parts
 from sparktune.models.causal import Backbone, CausalLM
+from sparktune.models.layer import PreNormLayer
 from sparktune.models.swap import Rule, rule
 from sparktune.quant.linear import Linear4bit, refuse_linear
 
@@ -30,7 +31,7 @@ def pre_norm_family(
     return (
         rule("linear_cross_entropy", causal, CausalLM),
         rule("documents", backbone, Backbone),
-        rule("add_rms_norm", layer, parts.PreNormLayer),
+        rule("add_rms_norm", layer, PreNormLayer),
         rule("lora_qkv", attention, parts.Attention, QK_NORM=qk_norm, WINDOW=window, MERGED=merged_qkv),
         rule("lora_mlp", mlp, parts.Mlp, parts.refuse_mlp("silu"), MERGED=merged_mlp),
         rule("rms_norm", norm, parts.Norm, refuse_norm),

@@ -1,4 +1,4 @@
-"""What a decoder layer is made of, each with sparktune's ops in its forward: norm, rotary tables, attention, MLP, layer.
+"""What a decoder layer is made of, each with sparktune's ops in its forward: norm, rotary tables, attention, MLP.
 
 These are mixins for `swap.swapped`; a family's file says which of its classes takes which. The class attributes are the
 family's differences, by the names below. Whatever an op can't take (`projection.Unfit`) runs module by module and is
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from sparktune.models.attention import attend
 from sparktune.models.documents import Documents
 from sparktune.models.projection import Projection, Unfit, common_dropout, note_fallback
-from sparktune.ops.add_rms_norm import add_rms_norm
 from sparktune.ops.geglu import geglu
 from sparktune.ops.lora_linear import lora_linear
 from sparktune.ops.lora_mlp import lora_mlp
@@ -190,19 +189,3 @@ def refuse_mlp(activation: str, name: str = "act_fn") -> Any:
         return f"its activation is {type(found).__name__}, not {activation}"
 
     return refuse
-
-
-class PreNormLayer:
-    """A layer that normalises what goes into attention and MLP; the second norm takes the residual sum with it."""
-
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """hidden_states [B, S, K] -> the same."""
-        if args:
-            raise TypeError("a decoder layer takes hidden_states by place and all else by name")
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        norm = self.post_attention_layernorm
-        if not isinstance(norm, Norm) or attended.dtype != hidden_states.dtype:
-            total = hidden_states + attended
-            return total + self.mlp(norm(total))  # type: ignore[no-any-return]
-        normed, total = add_rms_norm(attended, hidden_states, norm.weight, norm.eps_value, norm.ORDER)  # type: ignore[attr-defined]
-        return total + self.mlp(normed)  # type: ignore[no-any-return]

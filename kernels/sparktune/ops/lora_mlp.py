@@ -124,12 +124,17 @@ def backward_kernel(
         store(dh_ptr, row, dh_stride, cols, mask, h)
 
 
-def _activated(eu: Tensor, activation: str, room: int) -> Tensor:
+def activated(eu: Tensor, activation: str, room: int) -> Tensor:
     """h [M, I], in rows with `room` behind them, of [e | u] [M, 2 I]."""
     gate, up = glu.halves(eu)
     h = glu.roomy(gate.shape, room, gate)
     glu.launch(forward_kernel, (gate, up, h), TANH=activation == "gelu_tanh")
     return h
+
+
+def activation_backward(dh: Tensor, eu: Tensor, deu: Tensor, activation: str, remake: bool) -> None:
+    """The gradient of [e | u] into `deu` [M, 2 I]; with `remake` h over dh [M, I], which nobody else may read."""
+    glu.launch(backward_kernel, (dh, *glu.halves(eu), *glu.halves(deu)), TANH=activation == "gelu_tanh", REMAKE=remake)
 
 
 def _stacks(
@@ -158,7 +163,7 @@ def _forward(
     # Each call makes its buffer and lets go of it, so that only one of 235 and 117 MB (Llama-3.1-8B) is there at a time.
     flat = matrix(x)
     eu, tail = forward_layers(wide, flat, a[:2], b[:2], z[:2], scales[:2], under(flat, seed_x, dropout), tail_free)
-    h = _activated(eu, activation, narrow.r)
+    h = activated(eu, activation, narrow.r)
     y, tail_down = forward_layers(narrow, h, a[2:], b[2:], z[2:], scales[2:], under(h, seed_h, dropout), True)
     return y.view(*x.shape[:-1], narrow.n), eu, tail, tail_down
 
@@ -177,11 +182,9 @@ def _backward(
     dh, dtail = input_gradient(narrow, dy, a[2:], b[2:], z[2:], scales[2:], seed_h, dropout, before, needs[7])
     if before:
         deu, h = glu.roomy(eu.shape, wide.r, eu), dh
-        glu.launch(
-            backward_kernel, (dh, *glu.halves(eu), *glu.halves(deu)), TANH=activation == "gelu_tanh", REMAKE=needs[7]
-        )
+        activation_backward(dh, eu, deu, activation, needs[7])
     else:
-        h = _activated(eu, activation, 0) if needs[7] else dy
+        h = activated(eu, activation, 0) if needs[7] else dy
     h = under(h, seed_h, dropout) if needs[7] else h
     last = factor_gradients(narrow, dy, h, tail_down, dtail, a[2:], b[2:], z[2:], scales[2:], needs[7:])
     if not before:

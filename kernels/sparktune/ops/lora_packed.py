@@ -187,13 +187,17 @@ def with_room(x: Tensor, r: int) -> Tensor | None:
 
 
 def forward_packed(
-    x: Tensor, p: Tensor, n: int, one: int | None, branch_input: Tensor | None = None, tail_free: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(y [M, n], x' A^T [M, r]) for x [M, K] and the buffer P; `one`: the column of P that biases stand in."""
+    x: Tensor, p: Tensor, n: int, one: int | None, branch_input: Tensor | None = None, tail_free: bool = False,
+    onto: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y [M, n], x' A^T [M, r]) for x [M, K] and the buffer P; `one`: the column of P that biases stand in.
+
+    `onto` [M, n] is added within the product, before its one rounding, and stays as it is.
+    """
     k = x.shape[1]
     r = p.shape[1] - k
     if r == 0:
-        return x @ p[:n].t(), x.new_empty(x.shape[0], 0)
+        return _onto(onto, x, p[:n].t()), x.new_empty(x.shape[0], 0)
     x_branch = x if branch_input is None else branch_input
     row = with_room(x, r) if tail_free else None
     if row is None and k < n:
@@ -203,11 +207,15 @@ def forward_packed(
         tail = x_branch @ p[n:, :k].t()
         if one is not None:
             tail[:, one] = 1.0
-        return (tail @ p[:n, k:].t()).addmm_(x, p[:n, :k].t()), tail
+        return _onto(onto, tail, p[:n, k:].t()).addmm_(x, p[:n, :k].t()), tail
     torch.mm(x_branch, p[n:, :k].t(), out=row[:, k:])
     if one is not None:
         row[:, k + one] = 1.0
-    return row @ p[:n].t(), row[:, k:].clone()
+    return _onto(onto, row, p[:n].t()), row[:, k:].clone()
+
+
+def _onto(base: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return left @ right if base is None else torch.addmm(base, left, right)
 
 
 def backward_packed(

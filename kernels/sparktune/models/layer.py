@@ -1,0 +1,75 @@
+"""Decoder layers in place of transformers' own: whole in one Function where they can be, else op by op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparktune.models import parts
+from sparktune.models.checkpointing import ALL, NONE, LayerShape
+from sparktune.models.layer_function import Call, DecoderLayer
+from sparktune.models.layer_parts import LayerParts
+from sparktune.models.projection import Unfit, note_fallback
+from sparktune.ops import dispatch
+from sparktune.ops.add_rms_norm import add_rms_norm
+
+
+class PreNormLayer:
+    """A layer that normalises what goes into attention and MLP: y = x1 + mlp(norm2(x1)), x1 = x + attention(norm1(x)).
+
+    Where kernels run and nothing is cached or compiled, it is one autograd Function that decides itself what it keeps, so
+    transformers' checkpointing around it is left out; `keep` is what the memory budget allows when that is switched on.
+    """
+
+    keep: frozenset[str] = NONE
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around `forward`: transformers' checkpointing, but not for a layer that runs whole."""
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        whole = self.whole(hidden, kwargs)
+        if whole is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return nn.Module.__call__(self, *args, **kwargs, whole=whole)
+
+    def forward(self: Any, hidden_states: Tensor, whole: LayerParts | None = None, **kwargs: Any) -> Tensor:
+        """hidden_states [B, S, K] -> the same."""
+        if whole is not None:
+            keep = self.keep if self.training and self.gradient_checkpointing else ALL
+            batch, length, width = hidden_states.shape
+            call = Call(whole, (batch, length), kwargs["position_embeddings"], kwargs.get("documents"), keep)
+            y: Tensor = DecoderLayer.apply(hidden_states.reshape(-1, width), call, *whole.trained)
+            return y.view(hidden_states.shape)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        norm = self.post_attention_layernorm
+        if not isinstance(norm, parts.Norm) or attended.dtype != hidden_states.dtype:
+            total: Tensor = hidden_states + attended
+            return total + self.mlp(norm(total))  # type: ignore[no-any-return]
+        normed, total = add_rms_norm(attended, hidden_states, norm.weight, norm.eps_value, norm.ORDER)  # type: ignore[attr-defined]
+        return total + self.mlp(normed)  # type: ignore[no-any-return]
+
+    def whole(self: Any, hidden: Any, kwargs: dict[str, Any]) -> LayerParts | None:
+        """The layer's parts, if one Function can run it now; a reason that lies in the layer itself is counted."""
+        if torch.compiler.is_compiling() or not isinstance(hidden, Tensor) or not dispatch.kernels_run_on(hidden):
+            return None
+        if kwargs.get("past_key_values") is not None or kwargs.get("attention_mask") is not None:
+            return None
+        tables = kwargs.get("position_embeddings")
+        if kwargs.get("output_attentions") or not isinstance(tables, tuple) or len(tables) != 3:
+            return None
+        if dispatch.autocast_dtype(hidden) not in (None, hidden.dtype):
+            return None
+        try:
+            return LayerParts.of(self)
+        except Unfit as why:
+            note_fallback("a layer", why)
+            return None
+
+    def shape_of(self: Any, itemsize: int) -> LayerShape:
+        """Widths, for the memory budget."""
+        a, c = self.self_attn, self.self_attn.config
+        heads, kv = c.num_attention_heads, c.num_key_value_heads
+        return LayerShape(
+            c.hidden_size, heads * a.head_dim, kv * a.head_dim, heads, c.intermediate_size, bool(a.QK_NORM), itemsize
+        )

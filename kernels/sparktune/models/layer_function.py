@@ -1,0 +1,303 @@
+r"""A whole pre-norm decoder layer as one autograd Function that chooses what it keeps.
+
+    n1  = norm(x) g1                        [q | k | v] = n1 Wqkv^T + LoRA           q, k turned (and normalised)
+    o   = attention(q, k, v)                x1 = x + o Wo^T + LoRA
+    n2  = norm(x1) g2                       [e | u] = n2 Wgu^T + LoRA
+    h   = act(e) u                          y  = x1 + h Wd^T + LoRA
+
+LoRA is inside each product (`ops.lora_packed`), the residual sums are the products' own addends, and the norms write rows with
+room for x A^T. Backward remakes what was not kept, in the order of the forward and no further than gate and up: h comes from
+the activation's backward pass, and the down projection's result is needed by nobody. The sum of a norm's gradient and the
+residual's is one pass (`ops.add_rms_norm`'s backward).
+
+Residual sums are rounded once, from the product's fp32 accumulator, where transformers rounds the product first; everything
+else rounds as the ops do.
+
+Sources: Hu et al., "LoRA", 2021; Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparktune.models.attention_graph import Attended
+from sparktune.models.documents import Documents
+from sparktune.models.layer_parts import Group, LayerParts
+from sparktune.models.parts import Tables
+from sparktune.ops import add_rms_norm, dispatch, glu, lora_mlp, qk_norm_rope, rms_norm
+from sparktune.ops.lora_packed import factor_gradients, forward_packed, input_gradient, pack, with_room
+from sparktune.ops.rope import rotate
+
+
+@dataclass
+class State:
+    """Activations of one layer, each here or None. Rows are tokens, [M, width]."""
+
+    qkv: Tensor | None = None  # after RoPE, in place; before it where there are head norms
+    q: Tensor | None = None  # normalised and turned, where there are head norms; else views of qkv
+    k: Tensor | None = None
+    attended: Attended | None = None
+    x1: Tensor | None = None
+    eu: Tensor | None = None
+    tails: tuple[Tensor | None, ...] = (None, None, None, None)  # x A^T of qkv, o, gate and up, down
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer is applied to, besides x and what is trained."""
+
+    parts: LayerParts
+    shape: tuple[int, int]  # batch, sequence
+    tables: Tables
+    documents: Documents | None
+    keep: frozenset[str]
+
+
+def project(
+    group: Group, x: Tensor, onto: Tensor | None = None, tail_free: bool = False
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(onto + x W^T + LoRA [M, N], x A^T [M, R]) for a group's input x [M, K]."""
+    p = pack(group.stack, group.a, group.b, group.bias, group.scales, x.dtype)
+    return forward_packed(x, p, group.stack.n, group.one, tail_free=tail_free, onto=onto)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float, order: str, room: int) -> tuple[Tensor, Tensor]:
+    """(norm of x [M, K] in rows with room, 1 / rms [M])."""
+    y, r = rms_norm._forward(x, weight, eps, order, room)
+    dispatch.record("rms_norm", dispatch.route("rms_norm", x))
+    return y, r
+
+
+def heads_of(call: Call, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, S, heads, D] as views of [M, q + 2 kv]."""
+    p = call.parts
+    kv = p.kv_heads * p.head_dim
+    return tuple(  # type: ignore[return-value]
+        t.unflatten(0, call.shape).unflatten(-1, (-1, p.head_dim)) for t in qkv.split((p.q_width, kv, kv), 1)
+    )
+
+
+def place(call: Call, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as attention takes them, of `state.qkv`; q and k are turned in its place, or written apart after norms."""
+    p, (cos, sin, at) = call.parts, call.tables
+    assert state.qkv is not None
+    q, k, v = heads_of(call, state.qkv)
+    if p.q_norm is None or p.k_norm is None:
+        rotate(q, k, q, k, cos, sin, at, False, False)
+        dispatch.record("rope", dispatch.route("rope", q))
+        return q, k, v
+    state.q, state.k = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
+    qk_norm_rope.forward_into(q, k, state.q, state.k, p.q_norm, p.k_norm, cos, sin, at, p.head_eps, p.head_order)
+    dispatch.record("qk_norm_rope", dispatch.route("qk_norm_rope", q))
+    return state.q, state.k, v
+
+
+def views(call: Call, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of a state whose qkv is there and turned."""
+    assert state.qkv is not None
+    q, k, v = heads_of(call, state.qkv)
+    return (q if state.q is None else state.q), (k if state.k is None else state.k), v
+
+
+def advance(call: Call, x: Tensor, state: State, until_gate_up: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Fill what is missing in `state` up to gate and up; (r1, n2, r2), the latter two only where they were made.
+
+    Used by the forward, where everything is missing, and by the backward, for what was not kept.
+    """
+    p, way = call.parts, dispatch.route("decoder_layer", x)
+    tails = list(state.tails)
+    r1 = None
+    if state.qkv is None:
+        n1, r1 = normed(x, p.norm1, p.eps1, p.order, p.qkv.stack.r)
+        state.qkv, tails[0] = project(p.qkv, n1, tail_free=True)
+        dispatch.record("lora_qkv", way)
+        del n1
+        place(call, state)
+    elif p.q_norm is not None and state.q is None:
+        place(call, state)
+    if state.attended is None:
+        q, k, v = views(call, state)
+        state.attended = Attended(q, k, v, call.documents, p.scale, p.window, None, None)
+    if state.x1 is None:
+        state.x1, tails[1] = project(p.o, state.attended.output.reshape(x.shape[0], -1), onto=x)
+        dispatch.record("lora_linear", way)
+    n2 = r2 = None
+    if until_gate_up and state.eu is None:
+        n2, r2 = normed(state.x1, p.norm2, p.eps2, p.order, p.gate_up.stack.r)
+        state.eu, tails[2] = project(p.gate_up, n2, tail_free=True)
+    state.tails = tuple(tails)
+    return r1, n2, r2  # type: ignore[return-value]
+
+
+class DecoderLayer(torch.autograd.Function):
+    """x [M, K] -> y [M, K]; see the module for the maths, `LayerParts.trained` for what follows `call`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Call, *trained: Tensor | None) -> Tensor:
+        """One layer; keeps x and what `call.keep` names."""
+        p, state, kept = call.parts, State(), call.keep
+        advance(call, x, state, until_gate_up=True)
+        assert state.x1 is not None and state.eu is not None and state.attended is not None
+        h = lora_mlp.activated(state.eu, p.activation, p.down.stack.r)
+        if "gate_up" not in kept:
+            state.eu = None
+        y, tail = project(p.down, h, onto=state.x1, tail_free=True)
+        dispatch.record("lora_mlp", dispatch.route("lora_mlp", x))
+        if not any(ctx.needs_input_grad):
+            return y
+        state.tails = (*state.tails[:3], tail)
+        if "residual" not in kept:
+            state.x1 = None
+        if "attention" not in kept:
+            state.attended = None
+        if "qkv" not in kept:
+            if state.attended is not None:
+                state.attended.forget_inputs()
+            state.qkv = state.q = state.k = None
+        ctx.save_for_backward(x)
+        ctx.call, ctx.state = call, state
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of x and of what is trained."""
+        dispatch.no_double_backward("decoder_layer")
+        (x,) = ctx.saved_tensors
+        if ctx.state is None:
+            raise RuntimeError("a decoder layer's backward ran twice, and what it kept is gone: call the model again.")
+        state, ctx.state = ctx.state, None
+        needs = ctx.needs_input_grad
+        dx, found = backward(ctx.call, x, state, dy, needs[0], needs[2:])
+        return dx, None, *found
+
+
+def backward(
+    call: Call, x: Tensor, state: State, dy: Tensor, need_dx: bool, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """(dx, the gradients of `LayerParts.trained`); consumes the state."""
+    p = call.parts
+    dy = dispatch.rows(dy)
+    found: list[Tensor | None] = [None] * len(needs)
+    ends = list(itertools.accumulate((2 * len(g.a) for g in p.groups), initial=0))
+    need = [needs[a:b] for a, b in itertools.pairwise(ends)]  # of each group's factors
+    before = [need_dx or any(needs[: ends[i]]) for i in range(4)]  # whether anything in front of group i wants one
+    norms = needs[ends[4] :]
+    for i, norm in ((0, norms[0]), (2, norms[1])):  # the first norm is before qkv, the second before gate and up
+        before[i] = before[i] or norm
+    before[1] = before[1] or norms[0] or norms[2] or norms[3]
+    before[2] = before[2] or before[1]
+    before[3] = before[3] or before[2] or norms[1]
+    r1, n2, r2 = advance(call, x, state, until_gate_up=True)
+    assert state.x1 is not None and state.eu is not None and state.attended is not None
+
+    # Down, and the activation: h over dh, which nobody else reads.
+    want = any(need[3][::2])
+    dh, dtail = _input(p.down, dy, before[3], want)
+    if before[3]:
+        deu, h = glu.roomy(state.eu.shape, p.gate_up.stack.r, state.eu), dh
+        lora_mlp.activation_backward(dh, state.eu, deu, p.activation, remake=want)
+    else:
+        h = lora_mlp.activated(state.eu, p.activation, 0) if want else dy
+    _factors(p.down, dy, h, state.tails[3], dtail, need[3], found, ends[3])
+    state.eu = None
+    if not before[3]:
+        return None, found
+    del dh, h
+
+    # Gate and up, the second norm, and the sum with the residual's gradient.
+    want = any(need[2][::2])
+    row = with_room(deu, p.gate_up.stack.r) if p.gate_up.stack.r else None
+    dn2, dtail = _input(p.gate_up, deu, before[2], want, row)
+    if n2 is None and (want or r2 is None):
+        n2, r2 = normed(state.x1, p.norm2, p.eps2, p.order, 0)
+    _factors(p.gate_up, deu, n2 if n2 is not None else deu, state.tails[2], dtail, need[2], found, ends[2])
+    del deu, row, n2
+    if not before[2]:
+        return None, found
+    assert r2 is not None
+    dx1, dnorm = add_rms_norm._backward(dn2, dy, state.x1, p.norm2, r2, p.order, [True, norms[1]])
+    dispatch.record("add_rms_norm", dispatch.route("add_rms_norm", dx1))
+    if norms[1]:
+        found[ends[4] + 1] = dnorm
+    del dn2
+    state.x1 = None
+
+    # The output projection and attention.
+    out = state.attended.output.reshape(x.shape[0], -1)
+    do, dtail = _input(p.o, dx1, before[1], any(need[1][::2]))
+    _factors(p.o, dx1, out, state.tails[1], dtail, need[1], found, ends[1])
+    del out
+    if not before[1]:
+        return None, found
+    q, k, v = views(call, state)
+    dq, dk, dv = state.attended.gradients(do.view(*call.shape, p.heads, p.head_dim), q, k, v)
+    state.attended = None
+    del do
+    dqkv = glu.roomy((x.shape[0], p.qkv.stack.n), p.qkv.stack.r, x)
+    dnorms = _unplaced(call, state, dqkv, dq, dk, dv, norms[2] or norms[3])
+    del dq, dk, dv, q, k, v
+    state.qkv = state.q = state.k = None
+    for i in (2, 3):
+        if norms[i] and dnorms is not None:
+            found[ends[4] + i] = dnorms[i - 2].to((p.q_norm, p.k_norm)[i - 2].dtype)  # type: ignore[union-attr]
+
+    # q, k and v, and the first norm.
+    want = any(need[0][::2])
+    row = with_room(dqkv, p.qkv.stack.r) if p.qkv.stack.r else None
+    dn1, dtail = _input(p.qkv, dqkv, before[0], want, row)
+    n1 = None
+    if want or r1 is None:
+        n1, r1 = normed(x, p.norm1, p.eps1, p.order, 0)
+    _factors(p.qkv, dqkv, n1 if n1 is not None else dqkv, state.tails[0], dtail, need[0], found, ends[0])
+    del dqkv, row, n1
+    if not before[0]:
+        return None, found
+    assert r1 is not None
+    dx, dnorm = add_rms_norm._backward(dn1, dx1, x, p.norm1, r1, p.order, [need_dx, norms[0]])
+    if norms[0]:
+        found[ends[4]] = dnorm
+    return (dx if need_dx else None), found
+
+
+def _input(
+    g: Group, dy: Tensor, need_dx: bool, need_da: bool, row: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return input_gradient(g.stack, dy, g.a, g.b, g.bias, g.scales, None, 0.0, need_dx, need_da, row)
+
+
+def _factors(
+    g: Group, dy: Tensor, x: Tensor, tail: Tensor | None, dtail: Tensor, need: tuple[bool, ...],
+    found: list[Tensor | None], first: int,
+) -> None:  # fmt: skip
+    """Gradients of a group's A and B into `found`."""
+    if not any(need):
+        return
+    assert tail is not None
+    wanted = [flag for i in range(len(g.a)) for flag in (need[2 * i], need[2 * i + 1], False)]
+    grads = factor_gradients(g.stack, dy, x, tail, dtail, g.a, g.b, g.bias, g.scales, wanted)
+    for i in range(len(g.a)):
+        for j in (0, 1):
+            if need[2 * i + j]:
+                found[first + 2 * i + j] = grads[3 * i + j]
+
+
+def _unplaced(
+    call: Call, state: State, dqkv: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, sums: bool
+) -> Tensor | None:  # fmt: skip
+    """Gradients of q, k and v through RoPE and head norms into dqkv [M, q + 2 kv]; the norms' own [2, D] with `sums`."""
+    p, (cos, sin, at) = call.parts, call.tables
+    to_q, to_k, to_v = heads_of(call, dqkv)
+    to_v.copy_(dv)
+    if p.q_norm is None or p.k_norm is None:
+        rotate(dq, dk, to_q, to_k, cos, sin, at, False, True)
+        return None
+    assert state.qkv is not None
+    q, k, _ = heads_of(call, state.qkv)
+    return qk_norm_rope.backward_into(
+        dq, dk, q, k, to_q, to_k, p.q_norm, p.k_norm, cos, sin, at, p.head_eps, p.head_order, sums
+    )

@@ -1,0 +1,179 @@
+"""The layer as one Function: transformers' loss and gradients, whatever it keeps and whichever layer it is."""
+
+import copy
+import gc
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from sparktune.models import patch_model
+from sparktune.models.checkpointing import ALL, KINDS, NONE, LayerShape, set_memory_budget, spend
+from sparktune.models.layer_function import DecoderLayer
+from sparktune.models.projection import fallbacks, reset_fallbacks
+from sparktune.ops import dispatch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "sparktune"))
+import families
+
+pytestmark = [pytest.mark.kernels(together=True), pytest.mark.filterwarnings("ignore")]
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40,
+}  # fmt: skip
+
+
+@pytest.fixture
+def twins(device, monkeypatch):
+    """family -> (transformers' model, ours) of two small layers, on the device, in fp32."""
+    monkeypatch.setattr(families, "COMMON", families.COMMON | SMALL)
+
+    def build(family, **options):
+        theirs = families.with_lora(families.build(family), **options).to(device)
+        ours = copy.deepcopy(theirs)
+        patch_model(ours)
+        reset_fallbacks()
+        return theirs.train(), ours.train()
+
+    return build
+
+
+def batch(device, rows=1, length=7):
+    ids = families.tokens(rows, length, vocab=40).to(device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def keep(model, kinds):
+    """Switch checkpointing on, and have every layer keep `kinds`; None: switch it off."""
+    if kinds is None:
+        model.gradient_checkpointing_disable()
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    backbone = model.get_base_model().model
+    backbone._sparktune_kept_for = (0.0, 1, 7)
+    for layer in backbone.layers:
+        layer.keep = frozenset(kinds)
+
+
+def agree(ours, theirs, data, exact=None):
+    """Same loss and gradients as transformers; or the same bits as `exact`."""
+    loss, grads = families.step(ours, **data)
+    if exact is not None:
+        assert loss == exact[0]
+        assert all(torch.equal(g, exact[1][n]) for n, g in grads.items())
+        return loss, grads
+    expected, wanted = families.step(theirs, **data)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    distance, name = families.worst(grads, wanted)
+    assert distance < 2e-5, name
+    return loss, grads
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_it_is_transformers_layer_whatever_it_keeps(twins, device, family):
+    theirs, ours = twins(family)
+    dispatch.reset()
+    first = agree(ours, theirs, batch(device))
+    marks = dispatch.watermarks()
+    assert {"rms_norm", "add_rms_norm", "lora_qkv", "lora_linear", "lora_mlp"} <= set(marks)
+    assert not any(ways["reference"] for ways in marks.values())
+    assert not fallbacks()
+    for kinds in ({"attention"}, {"qkv", "gate_up"}) if family == "qwen3" else (NONE,):
+        keep(ours, kinds)
+        agree(ours, theirs, batch(device), exact=first)
+
+
+def test_packed_documents_stay_apart(twins, device):
+    theirs, ours = twins("mistral")
+    keep(ours, {"attention"})
+    ids = families.tokens(1, 9, vocab=40).to(device)
+    labels = ids.clone()
+    labels[0, 4] = -100
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=device)
+    agree(ours, theirs, {"input_ids": ids, "labels": labels, "position_ids": positions})
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "layers.1", "layers.0.mlp", "self_attn", "nothing but norms"])
+def test_what_is_frozen_gets_nothing_and_the_rest_its_own(twins, device, frozen):
+    theirs, ours = twins("qwen3")
+    for model in (theirs, ours):
+        for name, p in model.named_parameters():
+            if frozen == "nothing but norms":
+                p.requires_grad_("norm" in name)
+            elif frozen in name:
+                p.requires_grad_(False)
+    keep(ours, NONE)
+    _, grads = agree(ours, theirs, batch(device, length=4))
+    assert not any(frozen in name for name in grads)
+    assert not fallbacks()
+
+
+def test_nothing_outlives_what_the_budget_lets_it_keep(twins, device):
+    _, ours = twins("llama")
+    alive = {}
+    for kinds in (NONE, ALL):
+        keep(ours, kinds)
+        loss = ours(**batch(device), use_cache=False).loss
+        node, states = loss.grad_fn, []
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            stack += [f for f, _ in node.next_functions if f is not None]
+            if type(node).__name__ == f"{DecoderLayer.__name__}Backward":
+                states.append(node.state)
+        assert len(states) == 2
+        alive[kinds] = [[getattr(s, n) is not None for n in ("qkv", "attended", "x1", "eu")] for s in states]
+        inputs = weakref.ref(loss)
+        del loss, node, stack, states
+        gc.collect()
+        assert inputs() is None
+    assert alive == {NONE: [[False] * 4] * 2, ALL: [[True] * 4] * 2}
+
+
+def test_a_second_backward_is_an_error_not_a_wrong_number(twins, device):
+    _, ours = twins("llama")
+    loss = ours(**batch(device, length=3), use_cache=False).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="ran twice"):
+        loss.backward()
+
+
+def test_what_can_not_run_whole_runs_op_by_op_and_says_so(twins, device):
+    theirs, ours = twins("llama", use_rslora=True)
+    ours.get_base_model().model.layers[0].mlp.register_forward_hook(lambda *a: None)
+    agree(ours, theirs, batch(device, length=4))
+    assert any("hooks" in reason for reason in fallbacks())
+
+
+class TestBudget:
+    LAYER = LayerShape(hidden=64, q=64, kv=32, heads=4, inner=128, head_norms=False, itemsize=2)
+
+    def test_all_of_it_and_no_more(self):
+        each = {k: self.LAYER.bytes_of(k) for k in KINDS}
+        assert each == {"attention": 144, "residual": 128, "qkv": 256, "gate_up": 512}
+        for budget in (0, 1000, 5000, 144 * 10, 10**9):
+            kept = spend(budget, 10, 16, [self.LAYER] * 3)
+            spent = sum(10 * each[k] for layer in kept for k in layer)
+            assert spent <= budget
+            left = [k for layer in kept for k in KINDS if k not in layer]
+            assert not left or budget - spent < min(10 * each[k] for k in left)
+
+    def test_long_rows_keep_attention_first_and_the_last_layers_before_the_first(self):
+        assert spend(144 * 10, 10, 4096, [self.LAYER] * 3) == [NONE, NONE, {"attention"}]
+        assert spend(144 * 20, 10, 4096, [self.LAYER] * 3) == [NONE, {"attention"}, {"attention"}]
+
+    def test_it_reaches_the_layers_and_follows_the_batch(self, twins, device):
+        _, ours = twins("llama")
+        keep(ours, NONE)
+        layers = ours.get_base_model().model.layers
+        set_memory_budget(ours, 7 * (64 + 8) * 4)
+        for length, kept in ((7, 1), (3, 2)):
+            ours(**batch(device, length=length), use_cache=False)
+            assert sum(bool(layer.keep) for layer in layers) >= kept
+        set_memory_budget(ours, float("inf"))
+        ours(**batch(device, length=3), use_cache=False)
+        assert all(layer.keep == ALL for layer in layers)
+        with pytest.raises(ValueError, match="0 bytes or more"):
+            set_memory_budget(ours, -1)
+        with pytest.raises(ValueError, match="patch it first"):
+            set_memory_budget(torch.nn.Linear(2, 2), 1)
