@@ -326,7 +326,7 @@ def test_device_and_dtype_where_nobody_says(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choices.pick_device("sequential") == choices.pick_device({"": "cpu"}) == torch.device("cpu")
     assert choices.pick_dtype(None, torch.device("cpu")) == torch.float32
-    assert is_bfloat16_supported()
+    assert not is_bfloat16_supported()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -165,8 +165,8 @@ def test_a_flattened_batch_is_the_padded_one(base):
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_a_compiled_model_has_the_same_loss_and_gradients(base, four_bit):
-    found = []
+def test_a_compiled_model_has_the_same_loss_and_gradients(tmp_path, four_bit):
+    base, found = export_tiny.save_base(tmp_path, num_hidden_layers=1), []
     batch = collate([{"input_ids": row} for row in rows(2)])
     for compiled in (False, True):
         model = lora(base, four_bit, init_lora_weights=False, random_state=2)

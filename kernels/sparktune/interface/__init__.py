@@ -8,6 +8,7 @@ lora.py           PEFT's LoRA around a loaded model
 patching.py       sparktune's ops into the model, or a notice that there are none for it
 checkpointing.py  which activations are recomputed, and whose word on it counts
 saving.py         adapter, merged 16-bit and GGUF, to a folder or to the hub
+trl_on_cpu.py     TRL's Triton head for models on a CPU
 origin.py         what a model remembers of how it was loaded
 """
 

@@ -15,6 +15,7 @@ from sparktune.interface.origin import transformers_model
 
 LOG = logging.getLogger("sparktune")
 MODES = (False, True, "unsloth", "sparktune")
+NON_REENTRANT = {"use_reentrant": False}  # the re-entrant kind loses the gradients behind a frozen embedding
 ATTRIBUTE = "_sparktune_checkpointing"
 
 
@@ -35,7 +36,7 @@ def apply(model: Any, mode: bool | str) -> None:
     if mode is False:
         pause(base)
     else:
-        _enable(base, None)
+        type(base).gradient_checkpointing_enable(base, NON_REENTRANT)
     # Trainer calls this on the model (through PeftModel's attribute lookup) when its arguments ask for checkpointing.
     base.gradient_checkpointing_enable = types.MethodType(_requested, base)
 
@@ -55,22 +56,25 @@ def pause(model: Any) -> None:
         base.gradient_checkpointing_disable()
 
 
-def _enable(base: Any, kwargs: dict[str, Any] | None) -> None:
-    """Every layer, recomputed without re-entrance: the re-entrant kind loses the gradients of a frozen embedding."""
-    type(base).gradient_checkpointing_enable(base, kwargs or {"use_reentrant": False})
-
-
-def _requested(self: Any, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any) -> None:
+def _requested(
+    self: Any,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    every_n_layers: int = 1,
+    offload: bool = False,
+) -> None:
     """A trainer's `gradient_checkpointing_enable`."""
     mode = getattr(self, ATTRIBUTE)
+    asked = (gradient_checkpointing_kwargs or {}).get("use_reentrant") or every_n_layers != 1 or offload
     if mode is False:
         LOG.warning(
             "The trainer asks for gradient checkpointing (SFTConfig's default) and the model was made with "
             "use_gradient_checkpointing=False, which holds."
         )
     elif mode is True:
-        _enable(self, gradient_checkpointing_kwargs)
-    elif more or (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        type(self).gradient_checkpointing_enable(
+            self, gradient_checkpointing_kwargs or NON_REENTRANT, every_n_layers=every_n_layers, offload=offload
+        )
+    elif asked:
         raise ValueError(
             f"use_gradient_checkpointing={mode!r} chooses how to recompute: leave out gradient_checkpointing_kwargs, "
             "or give get_peft_model use_gradient_checkpointing=True."

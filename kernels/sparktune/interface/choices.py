@@ -15,8 +15,8 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 def is_bfloat16_supported() -> bool:
-    """Whether this machine computes in bf16 by itself: GPUs from Ampere on, and CPUs by way of PyTorch."""
-    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    """Whether this machine's GPU computes in bf16 by itself, Ampere's and later ones: for a trainer's `bf16=`."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def pick_device(device_map: Any) -> torch.device:

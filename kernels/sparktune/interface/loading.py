@@ -16,9 +16,10 @@ import torch
 
 from sparktune.interface import checkpointing
 from sparktune.interface.choices import usable_length
-from sparktune.interface.origin import Origin, is_loaded, remember
+from sparktune.interface.origin import Origin, is_loaded, remember, transformers_model
 from sparktune.interface.patching import patch
 from sparktune.interface.saving import attach
+from sparktune.interface.trl_on_cpu import watch
 from sparktune.models import attention
 from sparktune.models.patch import FAMILIES
 from sparktune.optim.trainer import register
@@ -78,6 +79,7 @@ def load(
         patch(model)
     elif full_finetuning:
         model.requires_grad_(True)
+    watch(transformers_model(model))
     checkpointing.apply(model, checkpoint)
     attach(model)
     register(is_loaded)
