@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         out = options.out or Path("reports") / time.strftime("test_unsloth-%Y%m%d-%H%M%S")
         out.mkdir(parents=True, exist_ok=True)
         cache = Path(os.environ.get("SPARKPROOF_CACHE") or platformdirs.user_cache_dir("sparkproof"))
-        result = run(case, Context(out, collect(network=False), cache, default_floor_gib(), print))
+        result = run(case, Context(out, collect(network=False, trials=False), cache, default_floor_gib(), print))
     except UserError as error:
         print(f"NOT JUDGED: {error.message} {error.fix}", file=sys.stderr)
         return 2

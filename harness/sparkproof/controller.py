@@ -46,9 +46,14 @@ class Controller:
         self.closing = ""
 
     @classmethod
-    def open(cls, reports: Path, scenarios: Path, profile: Profile | None, strict: bool) -> Controller:
-        """A new run for a plain pytest call: pytest's own terminal output, our record and views."""
-        facts = collect()
+    def open(
+        cls, reports: Path, scenarios: Path, profile: Profile | None, strict: bool, trials: bool = True
+    ) -> Controller:
+        """A new run for a plain pytest call: pytest's own terminal output, our record and views.
+
+        `trials=False` where no environment case is asked for: it leaves out what only those judge.
+        """
+        facts = collect(trials=trials)
         chosen = profile or default_profile(facts)
         settings = Settings(
             run_dir=records.new_run_dir(reports), scenarios=scenarios, profile=chosen, strict=strict, facts=facts

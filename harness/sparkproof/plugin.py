@@ -8,6 +8,7 @@ code follows `results.exit_code`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from sparkproof import catalog
+from sparkproof.checks.catalogue import TOPICS
 from sparkproof.controller import Controller
 from sparkproof.errors import UserError
 from sparkproof.results import CaseResult, Verdict
@@ -74,10 +76,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             scenarios=root,
             profile=Profile(config.getoption("--profile")) if config.getoption("--profile") else None,
             strict=config.getoption("--strict-verdict"),
+            trials=_judges_machine(config, root),
         )
     except UserError as e:
         raise pytest.UsageError(str(e)) from None
     adopt(config, controller)
+
+
+def _judges_machine(config: pytest.Config, root: Path) -> bool:
+    """Whether environment cases may be among those asked for, by the paths and the words of -k: only they need trials."""
+    environment = root / "environment"
+    paths = [Path(str(a).split("::")[0]).resolve() for a in config.args]
+    near = any(p.is_relative_to(environment) or environment.is_relative_to(p) for p in paths)
+    words = set(re.findall(r"\w+", config.option.keyword or ""))
+    return near and (not words or bool(words & {*TOPICS, "environment", "not"}))
 
 
 def adopt(config: pytest.Config, controller: Controller) -> None:

@@ -90,7 +90,7 @@ def select(request: Request, root: Path, profile: Profile) -> tuple[catalog.Cata
 
 def dry_run(request: Request) -> int:
     """Say what would run and what would be skipped and why; run nothing."""
-    facts = load(request.facts) if request.facts else collect()
+    facts = load(request.facts) if request.facts else collect(trials=False)
     root = catalog.scenarios_root(request.scenarios)
     profile = request.profile or default_profile(facts)
     found, cases = select(request, root, profile)
@@ -120,10 +120,17 @@ def validate(request: Request) -> int:
     with only_run("sparkproof validate", wait=request.wait):
         _preflight_model(request)
         console = Console(stderr=True)
+        trials = bool(request.resume) or _judges_machine(request)
         with console.status("reading this machine ...") if console.is_terminal else nullcontext():
-            facts = collect()
+            facts = collect(trials=trials)
         controller = resume(request, facts) if request.resume else start(request, facts)
         return execute(controller, default_workers(facts) if request.workers is None else request.workers)
+
+
+def _judges_machine(request: Request) -> bool:
+    """Whether environment cases are among those selected: only they need what is tried for Facts, which takes time."""
+    _, cases = select(request, catalog.scenarios_root(request.scenarios), request.profile or Profile.SOAK)
+    return any(c.kind == "environment" for c in cases)
 
 
 def default_workers(facts: Facts) -> int:

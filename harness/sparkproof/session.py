@@ -64,6 +64,7 @@ class RunSession:
             memory_floor_gib=settings.memory_floor_gib,
             progress=progress,
             cases=self.catalog.cases,
+            strict=settings.strict,
         )
 
     def wanted(self, case: Case) -> bool:

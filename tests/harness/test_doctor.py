@@ -13,6 +13,7 @@ from sparkproof.cli.doctor import doctor, facts
 from sparkproof.errors import UserError
 from sparkproof.facts.collect import load
 from sparkproof.facts.model import Facts
+from sparkproof.facts.toolchain import Bitsandbytes
 from sparkproof.results import ReasonClass, Verdict
 from sparkproof.runners.base import Context
 from sparkproof.runners.environment import run
@@ -95,7 +96,7 @@ def test_json(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_one_topic() -> None:
     code, text = printed("gb10_triton35", topic="memory")
-    assert code == 0 and "6 checks:" in text
+    assert code == 0 and "8 checks:" in text
     with pytest.raises(UserError, match="no topic"):
         printed("gb10_triton35", topic="nonsense")
 
@@ -130,7 +131,7 @@ def context(read: Facts, tmp_path: Path) -> Context:
 def test_runner_passes_with_evidence_of_every_check(tmp_path: Path) -> None:
     result = run(case("all"), context(load(recorded("gb10_healthy")), tmp_path))
     assert result.verdict is Verdict.PASSED and result.mode == "host"
-    assert len(result.assertions) == 23 and all(a.passed and a.detail for a in result.assertions)
+    assert len(result.assertions) == 54 and all(a.passed and a.detail for a in result.assertions)
     assert result.evidence["checks"]["container.limits"]["state"] == "not applicable"
     assert not [a for a in result.assertions if a.name.startswith("container.limits")]
     assert [n for n in result.notices if n.startswith("Harmless: nvidia-smi")]
@@ -141,7 +142,7 @@ def test_runner_fails_with_the_fix_of_the_worst(tmp_path: Path) -> None:
     assert result.verdict is Verdict.FAILED
     assert result.next_step == "export TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas"
     assert "12.8.93" in result.reason
-    assert [a.passed for a in result.assertions] == [False, True]
+    assert [a.passed for a in result.assertions] == [False, True]  # the others are explained by the first
 
 
 def test_runner_takes_warnings_as_notices(tmp_path: Path) -> None:
@@ -156,7 +157,9 @@ def test_runner_takes_warnings_as_notices(tmp_path: Path) -> None:
         ("gpu", {}, ReasonClass.GPU),
         ("driver", {}, ReasonClass.GPU),
         ("torch", {}, ReasonClass.GPU),
-        ("downloads", {"packages": {"torch": "2"}}, ReasonClass.SOFTWARE),
+        ("bitsandbytes", {"bitsandbytes": Bitsandbytes()}, ReasonClass.SOFTWARE),
+        ("unsloth", {}, ReasonClass.PLATFORM),
+        ("cluster", {}, ReasonClass.PLATFORM),
     ],
 )
 def test_runner_skips_a_topic_that_does_not_apply(

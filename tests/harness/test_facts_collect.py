@@ -18,7 +18,7 @@ from sparkproof.facts.model import Facts, Gpu
 
 @pytest.fixture(scope="module")
 def here() -> Facts:
-    return collect(network=False)
+    return collect(network=False, trials=False)
 
 
 def test_this_machine(here: Facts, tmp_path: Path) -> None:
@@ -29,6 +29,8 @@ def test_this_machine(here: Facts, tmp_path: Path) -> None:
     assert all(g.usable_by_torch is not None for g in here.gpus)
     assert here.triton.live_ptxas and here.bitsandbytes.version
     assert here.packages["pytest"] and here.limits.nofile and here.disk.free_gib and here.shm.size_gib is not None
+    assert here.wheels.scanned and not here.wheels.foreign and here.hub_cache.path and here.places
+    assert here.fabric.ports is not None and here.pins.missing is not None
     assert here.network.hub_reachable is None and here.network.error == "not asked"
     save(here, tmp_path / "facts.json")
     assert load(tmp_path / "facts.json") == here
@@ -37,7 +39,7 @@ def test_this_machine(here: Facts, tmp_path: Path) -> None:
 def test_silent(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(collecting.torch_probe, "read_torch", lambda host: collecting.torch_probe.TorchAnswer())
-    collect(network=False, progress=told.append)
+    collect(network=False, progress=told.append, trials=False)
     assert capfd.readouterr() == ("", "")
     assert "reading memory" in told and "reading torch" in told
 
@@ -48,35 +50,23 @@ def test_every_probe_may_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("probe broke")
 
-    for module in ("memory", "torch_probe", "triton_probe", "nvidia", "container", "software", "system", "network"):
+    for module in (
+        "companions", "container", "history", "hub", "links", "memory", "network", "nvidia", "pins", "software", "system",
+        "torch_probe", "tried", "triton_probe", "wheels",
+    ):  # fmt: skip
         probes = getattr(collecting, module)
         for name in dir(probes):
             if name.startswith("read_") or name == "token_present":
                 monkeypatch.setattr(probes, name, fail)
     facts = collect()
     assert facts.gpus == [] and facts.memory.total_gib is None and facts.packages == {}
+    # fmt: off
     assert set(facts.errors) == {
-        "bitsandbytes",
-        "compiler",
-        "container",
-        "cpu",
-        "cuda driver",
-        "cuda toolkit",
-        "disk",
-        "driver",
-        "environment",
-        "hub token",
-        "limits",
-        "memory",
-        "network",
-        "nvml",
-        "os",
-        "packages",
-        "python",
-        "shm",
-        "torch",
-        "triton",
+        "bitsandbytes", "compiler", "container", "cpu", "cuda driver", "cuda toolkit", "disk", "driver", "environment",
+        "fabric", "history", "hub cache", "hub token", "limits", "llama.cpp", "memory", "network", "nvml", "ollama", "os",
+        "packages", "packages tried", "pins", "places", "python", "script", "shm", "torch", "triton", "unsloth", "wheels",
     }
+    # fmt: on
     assert set(facts.errors.values()) == {"RuntimeError: probe broke"}
     save(facts, tmp_path / "facts.json")
     assert load(tmp_path / "facts.json") == facts
@@ -89,7 +79,7 @@ def test_no_secret_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(
         environ={**os.environ, "HF_TOKEN": secret, "OPENAI_API_KEY": secret, "HTTPS_PROXY": f"http://u:{secret}@p"}
     )
-    facts = collect(network=False, host=host)
+    facts = collect(network=False, host=host, trials=False)
     assert facts.hub_token_present is True
     assert secret not in facts.model_dump_json()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 from sparkproof.facts.collect import load
 
 FOLDER = Path(__file__).parents[1] / "facts"
+sys.path.insert(0, str(FOLDER))  # make.py's own neighbours
 _spec = importlib.util.spec_from_file_location("recorded_facts_make", FOLDER / "make.py")
 assert _spec is not None and _spec.loader is not None
 make = importlib.util.module_from_spec(_spec)

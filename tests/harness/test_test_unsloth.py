@@ -18,7 +18,7 @@ def script(monkeypatch, tmp_path):
     assert spec and spec.loader
     test_unsloth = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(test_unsloth)
-    monkeypatch.setattr(test_unsloth, "collect", lambda network: Facts.model_construct())
+    monkeypatch.setattr(test_unsloth, "collect", lambda **asked: Facts.model_construct())
     monkeypatch.chdir(tmp_path)
     return test_unsloth
 

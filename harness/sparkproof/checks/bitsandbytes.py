@@ -7,6 +7,9 @@ from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok
 from sparkproof.facts.model import Facts
 from sparkproof.results import ReasonClass
 
+# NF4 of normal values is 0.09 off, relative L2; exactly right would mean that nothing was quantised.
+LOWEST_ERROR, HIGHEST_ERROR = 0.02, 0.15
+PRODUCT_ERROR = 0.02  # bf16 sums over 256
 NOT_INSTALLED = NotApplicable("bitsandbytes is not installed", ReasonClass.SOFTWARE)
 
 
@@ -53,3 +56,34 @@ def cuda_library(facts: Facts) -> Answer:
     if not any(x[:2] == wanted[:2] for x in shipped):
         return Found(seen)
     return Ok(seen)
+
+
+@check("bitsandbytes.round_trip")
+def round_trip(facts: Facts) -> Answer:
+    """Rows 4 and 24: a matrix to NF4 and back, and a layer's product and gradient with it."""
+    b = facts.bitsandbytes
+    if b.version is None:
+        return NOT_INSTALLED
+    tried = facts.tried.four_bit
+    if not tried:
+        return NotRead("a 4-bit round trip, which was not tried")
+    found = []
+    for t in tried:
+        where = f"bitsandbytes {b.version} on {t.device}"
+        if t.error:
+            found.append(Found(f"{where}: {t.error}"))
+        elif t.parameter != "Params4bit" or not t.has_statistics:
+            lacks = "" if t.has_statistics else " without compress_statistics"
+            found.append(
+                Found(
+                    f"{where}: the weight of a 4-bit layer is a {t.parameter}{lacks}",
+                    cause="A version of bitsandbytes, transformers or peft replaced the parameter by a plain one.",
+                )
+            )
+        elif t.relative_error is None or not LOWEST_ERROR < t.relative_error < HIGHEST_ERROR:
+            found.append(Found(f"{where}: values come back {t.relative_error} off; NF4 gives about 0.1"))
+        elif t.product_error is None or t.product_error > PRODUCT_ERROR:
+            found.append(Found(f"{where}: a layer's product or gradient is {t.product_error} off its own weights"))
+    return found or Ok(
+        "; ".join(f"on {t.device}: {t.relative_error:.3f} off, its product {t.product_error:.4f}" for t in tried)
+    )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from sparkproof.checks.finding import Severity
+from sparkproof.checks.lore import LORE
 from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok, check
+from sparkproof.facts.installed import Image
 from sparkproof.facts.model import UNLIMITED, Facts
 from sparkproof.results import ReasonClass
 
 MIN_SHM_GIB = 1.0
 MAX_SHM_USED_GIB = 4.0
 MIN_MEMLOCK_BYTES = 2**30
+IMAGE_ARCHITECTURES = {"aarch64": "arm64", "x86_64": "amd64"}
+QEMU = {"arm64": "aarch64", "amd64": "x86_64"}
 NO_ENGINE = NotApplicable("neither Docker nor Podman is installed", ReasonClass.CONTAINER)
 
 
@@ -101,6 +105,59 @@ def limits(facts: Facts) -> Answer:
     if memlock != UNLIMITED and memlock < MIN_MEMLOCK_BYTES:
         return Found(f"memlock is {memlock // 1024} KiB, stack is {_size(facts.limits.stack_bytes)}")
     return Ok(f"memlock is {_size(memlock)}, stack is {_size(facts.limits.stack_bytes)}")
+
+
+@check("container.image_architecture")
+def image_architecture(facts: Facts) -> Answer:
+    """Row 31."""
+    images = _images(facts)
+    if not isinstance(images, list):
+        return images
+    own = IMAGE_ARCHITECTURES.get(facts.arch or "")
+    if own is None:
+        return NotRead("what images call this architecture")
+    foreign = [i for i in images if i.architecture not in (None, own)]
+    if not foreign:
+        return Ok(f"{len(images)} images, all for {own}")
+    listed = "; ".join(f"{_image(i)} is for {i.architecture}" for i in foreign[:3])
+    emulated = [i for i in foreign if QEMU.get(i.architecture or "") in (facts.container.emulates or [])]
+    if len(emulated) == len(foreign):
+        return Found(
+            f"{listed}; this is {own}, and QEMU runs them",
+            severity=Severity.INFO,
+            cause="They run in an emulator: many times slower, and without the GPU.",
+            fix=f"docker pull --platform linux/{own} {_image(foreign[0])}",
+        )
+    return Found(f"{listed}; this is {own}", fix=f"docker pull --platform linux/{own} {_image(foreign[0])}")
+
+
+@check("container.stale_image")
+def stale_image(facts: Facts) -> Answer:
+    """Row 8."""
+    images = _images(facts)
+    if not isinstance(images, list):
+        return images
+    found = [
+        Found(f"{tag} of {i.created or 'unknown date'}: {old.says}")
+        for i in images
+        for tag in i.tags
+        for old in LORE.stale_image
+        if tag.startswith(old.tag)
+    ]
+    return found or Ok(f"{len(images)} images, none under a tag that was left behind")
+
+
+def _images(facts: Facts) -> list[Image] | NotApplicable | NotRead:
+    c = facts.container
+    if c.engine is None:
+        return NO_ENGINE
+    if not c.usable:
+        return NotApplicable("explained by container.access", ReasonClass.CONTAINER)
+    return c.images if c.images is not None else NotRead("the engine's images")
+
+
+def _image(i: Image) -> str:
+    return i.tags[0] if i.tags else i.digest or "an image without a tag"
 
 
 def _size(value: int | None) -> str:

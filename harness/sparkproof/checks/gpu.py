@@ -6,6 +6,7 @@ module, device files, NVML) together with a torch that cannot compute on it; whi
 
 from __future__ import annotations
 
+from sparkproof.checks.finding import Severity
 from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok, check
 from sparkproof.facts.model import Facts
 from sparkproof.results import ReasonClass
@@ -156,3 +157,34 @@ def throttled(facts: Facts) -> Answer:
         return NotRead("NVML's clock event reasons")
     gpu = facts.gpus[0]
     return Ok(f"{gpu.name}: no slowdown, {gpu.sm_clock_mhz} of {gpu.max_sm_clock_mhz} MHz, {gpu.temperature_c} C")
+
+
+@check("gpu.shared_memory_limit")
+def shared_memory_limit(facts: Facts) -> Answer:
+    """Row 32, by two launches: one that must fit, and one that must be refused without harm."""
+    gpu = facts.gpu
+    if gpu is None or not gpu.usable_by_torch:
+        return NO_USABLE_GPU
+    tried = facts.tried.shared_memory
+    if tried is None:
+        return NotRead("the two kernels, which were not tried")
+    if tried.fits_ran is None:
+        return NotRead(f"the two kernels: {tried.error or 'no answer'}")
+    seen = f"{tried.fits_bytes} of {tried.limit} bytes"
+    if not tried.fits_ran:
+        return Found(
+            f"a kernel with {seen} did not run right: {tried.error or 'its product is wrong'}",
+            severity=Severity.ERROR,
+            cause="The device promises that much shared memory a block, and does not give it.",
+            fix="TRITON_CACHE_DIR=$(mktemp -d) sparkproof doctor --topic gpu  # once more, with an empty cache",
+        )
+    if tried.over_raised is None:
+        return Found(f"a kernel with {tried.over_bytes} of {tried.limit} bytes was launched and not refused")
+    if tried.alive_after is False:
+        return Found(
+            f"after a kernel with {tried.over_bytes} bytes was refused, the GPU computed no more: {tried.error}",
+            cause="The refusal was not a clean one: the CUDA context did not survive it.",
+        )
+    if "OutOfResources" not in tried.over_raised:
+        return Found(f"a kernel with {tried.over_bytes} bytes ended with another error: {tried.over_raised}")
+    return Ok(f"{seen} ran and was right; {tried.over_bytes} were refused: {tried.over_raised[:120]}")

@@ -9,6 +9,7 @@ if no GPU process accounts for it, it was not given back.
 from __future__ import annotations
 
 from sparkproof.checks.gpu import NO_USABLE_GPU
+from sparkproof.checks.lore import LORE
 from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok, check
 from sparkproof.facts.model import Facts, GpuProcess
 from sparkproof.measure.memory import default_floor_gib
@@ -20,6 +21,7 @@ HELD_GIB = 6.0
 HELD_FRACTION = 0.05
 HELD_DISCRETE_GIB = 2.0  # our own probe's context is counted, about half a GiB
 NEIGHBOUR_FRACTION = 0.10
+SWAP_GIB = 4.0
 
 
 @check("memory.nvml")
@@ -137,6 +139,35 @@ def allocator(facts: Facts) -> Answer:
         if "expandable_segments:true" in value.lower().replace(" ", ""):
             return Found(f"{name}={value}", fix=f"unset {name}")
     return Ok("expandable_segments is off")
+
+
+@check("memory.total")
+def total(facts: Facts) -> Answer:
+    """Row 44: what the machine shows against what its product has."""
+    product = LORE.memory.get(facts.os.product or "")
+    if product is None:
+        return NotApplicable(f"how much {facts.os.product or 'this machine'} should have is not known")
+    have = facts.memory.total_gib
+    if have is None:
+        return NotRead("MemTotal")
+    low, high = product.usable_gib
+    seen = f"MemTotal is {have:.1f} GiB; {facts.os.product} with 128 GB shows {low:.0f} to {high:.0f}"
+    if product.smaller_gib < have < low:
+        return Found(f"{seen} (kernel {facts.os.kernel}, driver {facts.driver.version})")
+    return Ok(seen)
+
+
+@check("memory.swap")
+def swap(facts: Facts) -> Answer:
+    """Rows 38 and 44: swap in use while the GPU shares the pool."""
+    if not facts.unified:
+        return NotApplicable("CPU and GPU do not share one memory pool", _pool_reason(facts))
+    size, free = facts.memory.swap_total_gib, facts.memory.swap_free_gib
+    if size is None or free is None:
+        return NotRead("SwapTotal and SwapFree")
+    used = size - free
+    seen = f"{used:.1f} of {size:.1f} GiB of swap are in use"
+    return Found(seen) if used > SWAP_GIB else Ok(seen)
 
 
 def _pool_reason(facts: Facts) -> ReasonClass:

@@ -6,11 +6,15 @@ missing header or compiler is a warning.
 
 from __future__ import annotations
 
+from packaging.version import InvalidVersion, Version
+
 from sparkproof.checks.finding import Severity
 from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok, check
 from sparkproof.facts.model import Facts
+from sparkproof.results import ReasonClass
 
 SHOWN = 5
+TRAINERS = ("unsloth", "trl ", "peft ", "transformers ")  # what they ask for is told first
 
 
 @check("python.headers")
@@ -62,8 +66,55 @@ def requirements(facts: Facts) -> Answer:
         return NotApplicable("no Python package is installed")
     if not conflicts:
         return Ok(f"{len(facts.packages)} installed packages meet each other's requirements")
+    first = sorted(conflicts, key=lambda c: not c.startswith(TRAINERS))
     more = f"; and {len(conflicts) - SHOWN} more" if len(conflicts) > SHOWN else ""
-    return Found("; ".join(conflicts[:SHOWN]) + more)
+    return Found("; ".join(first[:SHOWN]) + more)
+
+
+@check("python.venv")
+def venv(facts: Facts) -> Answer:
+    """Row 23, last half: `python3 -m venv` needs a package of its own on Debian and Ubuntu."""
+    python = facts.python
+    if python.ensurepip is None:
+        return NotRead("whether virtual environments can be made")
+    if python.virtual_environment:
+        return Ok(f"{python.executable} is in a virtual environment already")
+    if python.ensurepip:
+        return Ok(f"{python.executable} can make virtual environments")
+    short = ".".join((python.version or "3").split(".")[:2])
+    return Found(f"{python.executable} has no ensurepip", fix=f"sudo apt install python{short}-venv")
+
+
+@check("python.torchao")
+def torchao(facts: Facts) -> Answer:
+    """Row 6."""
+    have, want = facts.packages.get("torchao"), facts.pins.torchao_minimum
+    if "peft" not in facts.packages:
+        return NotApplicable("peft is not installed", ReasonClass.SOFTWARE)
+    if have is None:
+        return Ok("torchao is not installed, so peft does not look at it")
+    if want is None:
+        return NotRead("which torchao peft asks for")
+    seen = f"torchao {have}; peft {facts.packages['peft']} asks for {want} or newer"
+    try:
+        return Found(seen) if Version(have).release < Version(want).release else Ok(seen)
+    except InvalidVersion:
+        return NotRead(f"the version of torchao ({have})")
+
+
+@check("python.lock")
+def lock(facts: Facts) -> Answer:
+    """Row 7: the lock in the working folder against what is installed."""
+    pins = facts.pins
+    if pins.lock_file is None:
+        return NotApplicable("there is no lock in the working folder")
+    if pins.drifted:
+        more = f"; and {len(pins.drifted) - SHOWN} more" if len(pins.drifted) > SHOWN else ""
+        return Found(
+            f"{len(pins.drifted)} of {pins.locked}: {'; '.join(pins.drifted[:SHOWN])}{more} ({pins.lock_file})",
+            fix=f"pip install --require-hashes -r {pins.lock_file}",
+        )
+    return Ok(f"all {pins.locked} installed packages of {pins.lock_file} have its versions")
 
 
 def _severity(facts: Facts) -> Severity:

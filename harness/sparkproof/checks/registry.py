@@ -97,11 +97,16 @@ def evaluate(check_id: str, facts: Facts) -> Outcome:
 
 def run_checks(facts: Facts, topic: str = "all") -> list[Outcome]:
     """Every check of a topic, in the order of the catalogue."""
+    require_topic(topic)
+    return [evaluate(e.id, facts) for e in CATALOGUE.values() if topic in ("all", e.topic)]
+
+
+def require_topic(topic: str) -> None:
+    """UserError for a topic that there is not."""
     if topic != "all" and topic not in TOPICS:
         near = difflib.get_close_matches(topic, [*TOPICS, "all"], n=1)
         hint = f"Did you mean '{near[0]}'? " if near else ""
         raise UserError(f"There is no topic of checks called '{topic}'.", f"{hint}Topics: all, {', '.join(TOPICS)}.")
-    return [evaluate(e.id, facts) for e in CATALOGUE.values() if topic in ("all", e.topic)]
 
 
 def worst_first(outcomes: list[Outcome]) -> list[Finding]:

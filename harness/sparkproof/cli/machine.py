@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from sparkproof.errors import UserError
+
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
@@ -20,25 +22,37 @@ def doctor(
         None, "--facts", help="Judge these saved facts instead of this machine.", show_default=False
     ),
     topic: str = typer.Option("all", help="Only checks of this topic."),
+    fix: bool = typer.Option(False, "--fix", help="Also print all fixes in the order to run them; none is run."),
+    strict: bool = typer.Option(False, help="Warnings, and checks that could not be judged, fail too."),
     network: bool = typer.Option(True, "--network/--no-network", help="Ask whether the hub can be reached."),
+    catalogue: bool = typer.Option(False, "--catalogue", help="Print every known failure and how it is found."),
     json_out: bool = typer.Option(False, "--json", help="As JSON."),
 ) -> None:
     """Find known failures, worst first, each with its evidence and its fix; exit 1 if one is an error."""
     from sparkproof.cli import doctor as module
 
-    raise typer.Exit(module.doctor(facts_file, json_out, topic=topic, network=network))
+    if catalogue:
+        if facts_file is not None or fix or strict or topic != "all":
+            raise UserError("--catalogue examines nothing.", "Leave out --facts, --topic, --fix and --strict.")
+        raise typer.Exit(module.catalogue(json_out))
+    if json_out and fix:
+        raise UserError("--fix is for people.", "--json has the commands under 'commands' already.")
+    raise typer.Exit(module.doctor(facts_file, json_out, topic=topic, network=network, strict=strict, fix=fix))
 
 
 def facts(
     save: Path = typer.Option(None, help="Keep what was read in this file.", show_default=False),
     facts_file: Path = typer.Option(None, "--facts", help="Show these saved facts instead.", show_default=False),
+    redact: bool = typer.Option(
+        False, "--redact", help="For a bug report: without names, paths, serials, addresses and tokens."
+    ),
     network: bool = typer.Option(True, "--network/--no-network", help="Ask whether the hub can be reached."),
     json_out: bool = typer.Option(False, "--json", help="As JSON."),
 ) -> None:
     """Show what was read of this machine."""
     from sparkproof.cli import doctor as module
 
-    raise typer.Exit(module.facts(save, json_out, facts_file=facts_file, network=network))
+    raise typer.Exit(module.facts(save, json_out, facts_file=facts_file, network=network, redact=redact))
 
 
 def snapshot(

@@ -46,7 +46,7 @@ def validate(
     memory_floor: float = typer.Option(
         0, help="End a case when available memory falls under this many GiB (default: an eighth, at most 16).", min=0
     ),
-    strict: bool = typer.Option(False, help="A skipped case fails the run."),
+    strict: bool = typer.Option(False, help="A skipped case fails the run, and so does a warning of the doctor."),
     dry_run: bool = typer.Option(False, help="Show what would run and what would be skipped, and stop."),
     facts: Path = typer.Option(None, help="With --dry-run: facts of another machine.", show_default=False),
     wait: bool = typer.Option(False, help="Wait for a run in progress instead of stopping."),

@@ -9,17 +9,23 @@ import re
 from typing import Any
 
 from sparkproof.facts.host import Host, Ran
+from sparkproof.facts.installed import Image
 from sparkproof.facts.model import Container
 
 TIMEOUT_S = 6
+MOST_IMAGES = 60
 
 
 def read_container(host: Host) -> Container:
     """Docker if it answers, else Podman if that does, else whichever is installed with its error."""
     found = [c for c in (_docker(host), _podman(host)) if c is not None]
     if not found:
-        return Container(nvidia_ctk=host.which("nvidia-ctk"), in_docker_group=in_docker_group())
-    return next((c for c in found if c.usable), found[0])
+        found = [Container(nvidia_ctk=host.which("nvidia-ctk"), in_docker_group=in_docker_group())]
+    chosen = next((c for c in found if c.usable), found[0])
+    chosen.emulates = emulates(host)
+    if chosen.usable and chosen.engine:
+        chosen.images = read_images(host, chosen.engine)
+    return chosen
 
 
 def _docker(host: Host) -> Container | None:
@@ -62,6 +68,37 @@ def _podman(host: Host) -> Container | None:
         nvidia_ctk=host.which("nvidia-ctk"),
         in_docker_group=in_docker_group(),
     )
+
+
+def read_images(host: Host, engine: str) -> list[Image] | None:
+    """What `image inspect` says of every image on this machine; None where the engine did not answer."""
+    listed = host.run([engine, "image", "ls", "--quiet", "--no-trunc"], TIMEOUT_S)
+    if listed.error:
+        return None
+    names = list(dict.fromkeys(listed.out.split()))[:MOST_IMAGES]
+    if not names:
+        return []
+    try:
+        documents = json.loads(host.run([engine, "image", "inspect", *names], TIMEOUT_S).out)
+    except ValueError:
+        return None
+    return [
+        Image(
+            tags=d.get("RepoTags") or [],
+            digest=next(iter(d.get("RepoDigests") or []), "").rpartition("@")[2] or None,
+            architecture=d.get("Architecture"),
+            created=str(d.get("Created") or "")[:10] or None,
+        )
+        for d in documents
+        if isinstance(d, dict)
+    ]
+
+
+def emulates(host: Host) -> list[str] | None:
+    """Architectures whose programs the kernel hands to QEMU; None where that table is not mounted."""
+    if not host.exists("/proc/sys/fs/binfmt_misc/status"):
+        return None
+    return [p.name.removeprefix("qemu-") for p in host.glob("/proc/sys/fs/binfmt_misc", "qemu-*")]
 
 
 def in_docker_group() -> bool:

@@ -91,10 +91,12 @@ class Host:
             error = _last_line(stderr) or _last_line(stdout) or f"exit code {process.returncode}"
         return Ran(process.returncode, stdout, stderr, error)
 
-    def run_python(self, module: str, timeout_s: float, env: Mapping[str, str] | None = None) -> Ran:
+    def run_python(
+        self, module: str, timeout_s: float, env: Mapping[str, str] | None = None, args: Sequence[str] = ()
+    ) -> Ran:
         """Run a module of this package in a fresh Python with this one's import path."""
         path = os.pathsep.join(p for p in sys.path if p)
-        return self.run([sys.executable, "-m", module], timeout_s, {"PYTHONPATH": path, **(env or {})})
+        return self.run([sys.executable, "-m", module, *args], timeout_s, {"PYTHONPATH": path, **(env or {})})
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

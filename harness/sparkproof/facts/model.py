@@ -10,6 +10,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from sparkproof.facts.fabric import Fabric
+from sparkproof.facts.installed import History, HubCache, Image, LlamaCpp, Ollama, Pins, Place, Script, Unsloth, Wheels
+from sparkproof.facts.toolchain import Bitsandbytes, Compiler, CudaToolkit, Python, Torch, Triton
+from sparkproof.facts.tried import Tried
 from sparkproof.results import Strict
 
 SCHEMA_VERSION = 1
@@ -105,13 +109,6 @@ class Driver(Strict):
     wsl: bool = Field(default=False, description="The GPU is reached through WSL's /dev/dxg instead of /dev/nvidia*.")
 
 
-class CudaToolkit(Strict):
-    """The CUDA toolkit, if one is installed apart from torch's own libraries."""
-
-    nvcc: str | None = Field(default=None, description="Path of nvcc.")
-    version: str | None = None
-
-
 class Memory(Strict):
     """/proc/meminfo and, where there is a GPU, what CUDA says about its own pool."""
 
@@ -134,76 +131,6 @@ class Memory(Strict):
     cuda_total_gib: float | None = Field(default=None, description="Total memory by cudaMemGetInfo.")
 
 
-class Torch(Strict):
-    """The torch build that this Python imports."""
-
-    version: str | None = None
-    cuda: str | None = Field(default=None, description="CUDA version it was built for; None for a CPU build.")
-    arch_list: list[str] = Field(default_factory=list, description="Architectures its kernels were compiled for.")
-    file: str | None = None
-    cudnn: str | None = None
-    cuda_available: bool | None = None
-    error: str | None = Field(default=None, description="Why it could not be imported, or could not use CUDA.")
-    warnings: list[str] = Field(default_factory=list, description="What it warned about while it started CUDA.")
-
-
-class Ptxas(Strict):
-    """One assembler that Triton might call."""
-
-    path: str
-    source: str = Field(description="'bundled', 'toolkit', or the environment variable that names it.")
-    version: str | None = None
-    knows_sm_121a: bool | None = Field(default=None, description="It assembled an empty program for sm_121a.")
-    error: str | None = None
-
-
-class Triton(Strict):
-    """Triton, and the assembler it really uses."""
-
-    version: str | None = None
-    ptxas: list[Ptxas] = Field(default_factory=list)
-    live_ptxas: str | None = Field(default=None, description="Path used for compute capability 10.0 and later.")
-    live_variable: str | None = Field(
-        default=None, description="Environment variable that redirects it there, found by trying each with a decoy."
-    )
-    variables: dict[str, str] = Field(default_factory=dict, description="TRITON_PTXAS* variables that are set.")
-    error: str | None = None
-
-
-class Bitsandbytes(Strict):
-    """bitsandbytes, read from its files."""
-
-    version: str | None = None
-    libraries: list[str] = Field(
-        default_factory=list, description="Native libraries it ships, such as 'cuda130' or 'cpu'."
-    )
-    repacks_on_avx512_bf16: bool | None = Field(
-        default=None, description="Its Linear4bit repacks weights in place on CPUs with AVX512-BF16."
-    )
-
-
-class Python(Strict):
-    """The Python that would train."""
-
-    version: str | None = None
-    executable: str | None = None
-    headers: str | None = Field(default=None, description="Folder that holds Python.h; None when it is missing.")
-    headers_expected: str | None = Field(default=None, description="Folder where Python.h belongs; None: not read.")
-    externally_managed: bool | None = Field(default=None, description="pip refuses to install here (PEP 668).")
-    virtual_environment: bool | None = None
-    requirement_conflicts: list[str] | None = Field(
-        default=None, description="Installed distributions whose stated requirements are not met."
-    )
-
-
-class Compiler(Strict):
-    """The C compiler that Triton builds its launchers with."""
-
-    path: str | None = None
-    version: str | None = None
-    searched: bool = Field(default=False, description="A search was made, so an empty path means there is none.")
-
-
 class Container(Strict):
     """The container engine that this machine offers."""
 
@@ -215,6 +142,10 @@ class Container(Strict):
         default=None, description="A way to hand GPUs in is registered: runtime or CDI."
     )
     nvidia_ctk: str | None = Field(default=None, description="Path of nvidia-ctk, the NVIDIA Container Toolkit.")
+    images: list[Image] | None = Field(default=None, description="Images on this machine; None: not read.")
+    emulates: list[str] | None = Field(
+        default=None, description="Architectures that the kernel hands to an emulator; None: not read."
+    )
     in_docker_group: bool | None = Field(default=None, description="This user is root or in the group 'docker'.")
 
 
@@ -277,6 +208,17 @@ class Facts(Strict):
     env: dict[str, str] = Field(
         default_factory=dict, description="Variables of a fixed list, none of which holds a secret."
     )
+    tried: Tried = Field(default_factory=Tried)
+    wheels: Wheels = Field(default_factory=Wheels)
+    pins: Pins = Field(default_factory=Pins)
+    unsloth: Unsloth = Field(default_factory=Unsloth)
+    script: Script = Field(default_factory=Script)
+    places: list[Place] | None = Field(default=None, description="Folders that outputs and caches go to.")
+    hub_cache: HubCache = Field(default_factory=HubCache)
+    llama_cpp: LlamaCpp = Field(default_factory=LlamaCpp)
+    ollama: Ollama = Field(default_factory=Ollama)
+    history: History = Field(default_factory=History)
+    fabric: Fabric = Field(default_factory=Fabric)
     hub_token_present: bool | None = Field(default=None, description="A hub token is set; its value is never read.")
     errors: dict[str, str] = Field(default_factory=dict, description="Probe -> why it read nothing.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 import sys
 import sysconfig
@@ -12,7 +13,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from sparkproof.facts.host import Host
-from sparkproof.facts.model import Bitsandbytes, Compiler, Python
+from sparkproof.facts.toolchain import Bitsandbytes, Compiler, Python
 
 COMPILER_TIMEOUT_S = 5
 
@@ -34,21 +35,38 @@ def read_conflicts(packages: dict[str, str]) -> list[str]:
     """
     conflicts = []
     for name, version in packages.items():
-        try:
-            requires = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        for text in requires:
-            try:
-                r = Requirement(text)
-            except InvalidRequirement:
-                continue
-            if r.marker is not None and not r.marker.evaluate({"extra": ""}):
-                continue
+        for r in required(name):
             have = packages.get(canonicalize_name(r.name))
             if have not in (None, "unknown") and not r.specifier.contains(have, prereleases=True):
                 conflicts.append(f"{name} {version} needs {r.name}{r.specifier}, but {have} is installed")
     return sorted(conflicts)
+
+
+def required(name: str) -> list[Requirement]:
+    """The stated requirements of an installed distribution that hold here, extras left out."""
+    try:
+        texts = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    found = []
+    for text in texts:
+        try:
+            r = Requirement(text)
+        except InvalidRequirement:
+            continue
+        if r.marker is None or r.marker.evaluate({"extra": ""}):
+            found.append(r)
+    return found
+
+
+def package_folder(distribution: str, package: str | None = None) -> Path | None:
+    """Folder of an installed package, without importing it."""
+    try:
+        found = importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    folder = Path(str(found.locate_file(package or distribution)))
+    return folder if folder.is_dir() else None
 
 
 def read_python(host: Host, packages: dict[str, str]) -> Python:
@@ -63,6 +81,7 @@ def read_python(host: Host, packages: dict[str, str]) -> Python:
         headers_expected=expected,
         externally_managed=not in_venv and marker.exists(),
         virtual_environment=in_venv,
+        ensurepip=importlib.util.find_spec("ensurepip") is not None,
         requirement_conflicts=read_conflicts(packages) if packages else None,
     )
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 GIB = 2.0**30
+CUDA_LIBRARY = re.compile(r"/lib(cudart|cudnn|cublas|cublasLt|nvrtc|cuda)[\w-]*\.so")
 
 
 def say(**facts: Any) -> None:
@@ -26,9 +29,11 @@ def main() -> None:
     facts: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda, "file": torch.__file__}
     with contextlib.suppress(Exception):  # a CPU build has no such function
         facts["arch_list"] = (torch._C._cuda_getArchFlags() or "").split()
-    with contextlib.suppress(Exception):
+    try:
         cudnn = torch.backends.cudnn.version()
         facts["cudnn"] = str(cudnn) if cudnn else None
+    except Exception as e:  # it compares what it was built with to what the loader found
+        facts["cudnn_error"] = f"{type(e).__name__}: {' '.join(str(e).split())[:400]}"
     say(torch=facts, stage="it started CUDA")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -62,7 +67,17 @@ def main() -> None:
             gpu["usable_by_torch"] = problem is None
             problems += [f"{gpu['name']}: {problem}"] if problem else []
         say(gpus=gpus, torch={"error": "; ".join(problems)} if problems else {})
-    say(done=True)
+    say(loaded=loaded(), done=True)
+
+
+def loaded() -> list[str]:
+    """Paths of the CUDA libraries that this process has mapped: what the loader really chose."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    paths = {line.split(maxsplit=5)[5] for line in lines if line.count("/") and len(line.split(maxsplit=5)) == 6}
+    return sorted(p for p in paths if CUDA_LIBRARY.search(p))
 
 
 def describe(torch: Any, index: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class TorchAnswer:
     gpus: list[Gpu] = field(default_factory=list)
     cuda_free_gib: float | None = None
     cuda_total_gib: float | None = None
+    loaded: list[str] = field(default_factory=list)
 
 
 def read_torch(host: Host, timeout_s: float = TIMEOUT_S) -> TorchAnswer:
@@ -35,6 +36,7 @@ def read_torch(host: Host, timeout_s: float = TIMEOUT_S) -> TorchAnswer:
         gpus=[Gpu(**g) for g in said.get("gpus", [])],
         cuda_free_gib=said.get("cuda_free_gib"),
         cuda_total_gib=said.get("cuda_total_gib"),
+        loaded=said.get("loaded", []),
     )
     if ran.error and not said.get("done"):
         stage = said.get("stage", "it was started")

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from sparkproof.facts.host import Host
-from sparkproof.facts.model import Ptxas, Triton
+from sparkproof.facts.toolchain import Ptxas, Triton
 
 TIMEOUT_S = 40
 PTXAS_TIMEOUT_S = 10

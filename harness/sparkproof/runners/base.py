@@ -25,6 +25,7 @@ class Context:
     memory_floor_gib: float
     progress: Callable[[str], None] = lambda text: None
     cases: dict[str, Case] = field(default_factory=dict)
+    strict: bool = False
 
     def case_dir(self, case: Case) -> Path:
         """Folder of this case's own files, made on first use: `<run>/cases/<slug>`."""

@@ -22,7 +22,7 @@ def run(case: Case, context: Context) -> CaseResult:
     outcomes = run_checks(context.facts, scenario.topic)
     findings = worst_first(outcomes)
     result = CaseResult(name=case.name, kind=case.kind, verdict=Verdict.BROKEN, mode="host")
-    result.assertions = [_assertion(o) for o in outcomes if o.judged]
+    result.assertions = [_assertion(o, context.strict) for o in outcomes if o.judged]
     result.evidence = {
         "machine": context.facts.device_sentence(),
         "facts": context.facts.origin,
@@ -35,18 +35,22 @@ def run(case: Case, context: Context) -> CaseResult:
         return _nothing_judged(result, outcomes)
     result.verdict, result.reason = CaseResult.decide(result.assertions)
     if result.verdict is Verdict.FAILED:
-        result.next_step = next((f.fix for f in findings if f.severity is Severity.ERROR and f.fix), findings[0].cause)
+        result.next_step = next(
+            (f.fix for f in findings if f.severity is not Severity.INFO and f.fix), findings[0].cause
+        )
     return result
 
 
-def _assertion(outcome: Outcome) -> Assertion:
+def _assertion(outcome: Outcome, strict: bool) -> Assertion:
+    """A warning fails a strict run alone; a harmless finding none."""
     worst = outcome.worst
-    error = worst is not None and worst.severity is Severity.ERROR
+    bad = (Severity.ERROR, Severity.WARNING) if strict else (Severity.ERROR,)
+    failed = worst is not None and worst.severity in bad
     return Assertion(
-        name=f"{outcome.check} ({outcome.title})" if error else outcome.check,
-        passed=not error,
+        name=f"{outcome.check} ({outcome.title})" if failed else outcome.check,
+        passed=not failed,
         value=worst.severity.value if worst is not None else "nothing found",
-        bound="no finding of severity error",
+        bound=f"no finding of severity {' or '.join(bad)}",
         detail=outcome.seen,
     )
 
