@@ -125,7 +125,11 @@ def read_llama_cpp(host: Host) -> LlamaCpp:
         return LlamaCpp(path=str(program), cuda=True)
     ran = host.run([str(program), "--list-devices"], COMMAND_TIMEOUT_S)
     said = ran.out + ran.err
-    return LlamaCpp(path=str(program), cuda="CUDA" in said if "vailable devices" in said else False)
+    if "vailable devices" in said:
+        return LlamaCpp(path=str(program), cuda="CUDA" in said)
+    # a program without that option, beside the libraries of a build with its backends apart, and none for CUDA
+    apart = any(next(d.glob("libggml-cpu*"), None) for d in near if d.is_dir())
+    return LlamaCpp(path=str(program), cuda=False if apart else None)
 
 
 def read_ollama(host: Host) -> Ollama:

@@ -86,7 +86,7 @@ def whole(path: Path) -> bool:
             header = json.loads(f.read(length))
         ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
         return bool(size >= 8 + length + max(ends, default=0))
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return False
 
 
