@@ -39,7 +39,7 @@ class Backbone:
             return super().forward(attention_mask=attention_mask, **arguments)  # type: ignore[misc]
         batch, length = given.shape[:2]
         if "documents" not in kwargs:
-            arguments["documents"] = Documents.of(batch, length, attention_mask, position_ids, arguments)
+            arguments["documents"] = Documents.of(batch, length, given.device, attention_mask, position_ids, arguments)
         documents = arguments["documents"]
         if position_ids is None and documents is not None and documents.packed:
             arguments["position_ids"] = documents.positions(batch, length)
@@ -79,7 +79,7 @@ class CausalLM:
         documents = kwargs.get("documents")
         if everything["use_cache"] is False and "documents" not in kwargs and _two_dimensional(attention_mask):
             assert given is not None
-            documents = Documents.of(given.shape[0], given.shape[1], attention_mask, position_ids, everything)
+            documents = Documents.of(*given.shape[:2], given.device, attention_mask, position_ids, everything)
             everything["documents"] = documents
         outputs = self.model(**everything)
         hidden = outputs.last_hidden_state

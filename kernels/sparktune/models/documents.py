@@ -33,8 +33,9 @@ class Documents:
 
     @classmethod
     def of(
-        cls, batch: int, length: int, mask: Tensor | None, position_ids: Tensor | None, kwargs: dict[str, Any]
-    ) -> Documents | None:
+        cls, batch: int, length: int, device: torch.device, mask: Tensor | None, position_ids: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Documents | None:  # fmt: skip
         """From what a model's forward was given; takes the keys it reads out of `kwargs`.
 
         A 2-D mask (true or 1: a token) goes first, unless it hides nothing; then lengths; then positions. Asking a mask
@@ -45,21 +46,20 @@ class Documents:
             return cls._padded(mask)
         lengths, cu = given.get("packed_seq_lengths"), given.get("cu_seq_lens_q")
         if lengths is not None:
-            return cls.from_lengths(lengths, batch * length)
+            return cls.from_lengths(lengths, batch * length, device)
         if cu is not None:
             longest = given.get("max_length_q")
-            return cls(cu.to(torch.int32), length * batch if longest is None else int(longest), True)
+            return cls(cu.to(device, torch.int32), length * batch if longest is None else int(longest), True)
         return None if position_ids is None else cls._restarting(batch, length, position_ids)
 
     @classmethod
-    def from_lengths(cls, lengths: Tensor | Sequence[int], tokens: int) -> Documents:
-        """From the documents' lengths, on the host or not."""
+    def from_lengths(cls, lengths: Tensor | Sequence[int], tokens: int, device: torch.device) -> Documents:
+        """From the documents' lengths; on the host they cost no wait."""
         on_host = torch.as_tensor(lengths).to("cpu", torch.int64).flatten()
         if int(on_host.sum()) != tokens or (on_host < 0).any():
             raise ValueError(f"packed_seq_lengths add up to {int(on_host.sum())}, but the batch has {tokens} tokens")
         cu = torch.nn.functional.pad(on_host.cumsum(0), (1, 0)).to(torch.int32)
-        device = lengths.device if isinstance(lengths, Tensor) else cu.device
-        return cls(cu.to(device), int(on_host.max()), True)
+        return cls(cu.to(device, non_blocking=True), int(on_host.max()), True)
 
     @classmethod
     def _padded(cls, mask: Tensor) -> Documents:

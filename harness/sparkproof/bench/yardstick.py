@@ -1,0 +1,62 @@
+"""sparktune as a plug-in engine of a QLoRA step benchmark that builds every engine on one checkpoint.
+
+`build(model_dir, a)` gives the model, its trained parameters and a step; `a` has layers, rank, alpha, lora_dtype ("fp32" or
+"bf16"), gc ("on" or "off"), batch, seq and packed. The environment variable SPARKTUNE_MEMORY_BUDGET_GIB is what activations
+may take with gc on: a number, or "inf"; 0 unless set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BUDGET = "SPARKTUNE_MEMORY_BUDGET_GIB"
+
+
+def build(model_dir: str, a: Any) -> dict[str, Any]:
+    """{"model", "params", "step": (ids, labels, positions, lengths) -> loss before its backward pass, "notes"}."""
+    from sparktune.interface import FastLanguageModel
+    from sparktune.models.checkpointing import set_memory_budget
+    from sparktune.models.projection import fallbacks
+    from sparktune.ops import dispatch
+    from sparktune.optim.flat import FlatParameters
+
+    model, _ = FastLanguageModel.from_pretrained(
+        model_dir, max_seq_length=a.batch * a.seq if a.packed else a.seq, dtype=torch.bfloat16, load_in_4bit=True,
+        device_map={"": 0 if a.device == "cuda" else "cpu"}, local_files_only=True,
+    )  # fmt: skip
+    checkpointed = a.gc == "on"
+    model = FastLanguageModel.get_peft_model(
+        model, r=a.rank, lora_alpha=a.alpha, target_modules=list(TARGETS), use_gradient_checkpointing=checkpointed
+    )
+    budget = float(os.environ.get(BUDGET, "0"))
+    if checkpointed:
+        set_memory_budget(model, budget * 2**30)
+    dtype = torch.float32 if a.lora_dtype == "fp32" else torch.bfloat16
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.to(dtype)
+    model.train()
+    flat = FlatParameters(model.parameters())
+    step: Callable[..., torch.Tensor] = _step(model, flat)
+    notes = {"budget_gib": budget, "watermarks": dispatch.watermarks, "fallbacks": fallbacks}
+    return {"model": model, "params": [flat.parameter], "step": step, "notes": _Late(notes)}
+
+
+def _step(model: Any, flat: Any) -> Callable[..., torch.Tensor]:
+    def step(ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None, lengths: list[int] | None) -> Any:
+        packed = {} if positions is None else {"position_ids": positions, "packed_seq_lengths": lengths}
+        return flat.watch(model(input_ids=ids, labels=labels, use_cache=False, **packed).loss)
+
+    return step
+
+
+class _Late(dict[str, Any]):
+    """A dict whose callables are asked when it is written down, after the steps."""
+
+    def items(self) -> Any:
+        return [(k, v() if callable(v) else v) for k, v in super().items()]
