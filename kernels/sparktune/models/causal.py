@@ -79,7 +79,9 @@ class CausalLM:
         documents = kwargs.get("documents")
         if everything["use_cache"] is False and "documents" not in kwargs and _two_dimensional(attention_mask):
             assert given is not None
-            documents = Documents.of(*given.shape[:2], given.device, attention_mask, position_ids, everything)
+            documents = Documents.of(
+                given.shape[0], given.shape[1], given.device, attention_mask, position_ids, everything
+            )
             everything["documents"] = documents
         outputs = self.model(**everything)
         hidden = outputs.last_hidden_state

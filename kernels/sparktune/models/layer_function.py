@@ -59,11 +59,11 @@ class Call:
 
 
 def project(
-    group: Group, x: Tensor, onto: Tensor | None = None, tail_free: bool = False
+    group: Group, x: Tensor, onto: Tensor | None = None, tail_free: bool = False, room: int = 0
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(onto + x W^T + LoRA [M, N], x A^T [M, R]) for a group's input x [M, K]."""
+    """(onto + x W^T + LoRA [M, N] in rows with room, x A^T [M, R]) for a group's input x [M, K]."""
     p = pack(group.stack, group.a, group.b, group.bias, group.scales, x.dtype)
-    return forward_packed(x, p, group.stack.n, group.one, tail_free=tail_free, onto=onto)
+    return forward_packed(x, p, group.stack.n, group.one, tail_free=tail_free, onto=onto, room=room)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float, order: str, room: int) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def advance(call: Call, x: Tensor, state: State, until_gate_up: bool) -> tuple[T
     tails = list(state.tails)
     r1 = None
     if state.qkv is None:
-        n1, r1 = normed(x, p.norm1, p.eps1, p.order, p.qkv.stack.r)
+        n1, r1 = normed(x, p.norm1, p.eps1, p.order, p.qkv.stack.room)
         state.qkv, tails[0] = project(p.qkv, n1, tail_free=True)
         dispatch.record("lora_qkv", way)
         del n1
@@ -128,8 +128,8 @@ def advance(call: Call, x: Tensor, state: State, until_gate_up: bool) -> tuple[T
         dispatch.record("lora_linear", way)
     n2 = r2 = None
     if until_gate_up and state.eu is None:
-        n2, r2 = normed(state.x1, p.norm2, p.eps2, p.order, p.gate_up.stack.r)
-        state.eu, tails[2] = project(p.gate_up, n2, tail_free=True)
+        n2, r2 = normed(state.x1, p.norm2, p.eps2, p.order, p.gate_up.stack.room)
+        state.eu, tails[2] = project(p.gate_up, n2, tail_free=True, room=p.gate_up.stack.room_out)
     state.tails = tuple(tails)
     return r1, n2, r2  # type: ignore[return-value]
 
@@ -143,7 +143,7 @@ class DecoderLayer(torch.autograd.Function):
         p, state, kept = call.parts, State(), call.keep
         advance(call, x, state, until_gate_up=True)
         assert state.x1 is not None and state.eu is not None and state.attended is not None
-        h = lora_mlp.activated(state.eu, p.activation, p.down.stack.r)
+        h = lora_mlp.activated(state.eu, p.activation, p.down.stack.room)
         if "gate_up" not in kept:
             state.eu = None
         y, tail = project(p.down, h, onto=state.x1, tail_free=True)
@@ -199,7 +199,7 @@ def backward(
     want = any(need[3][::2])
     dh, dtail = _input(p.down, dy, before[3], want)
     if before[3]:
-        deu, h = glu.roomy(state.eu.shape, p.gate_up.stack.r, state.eu), dh
+        deu, h = state.eu, dh  # written over what they come from
         lora_mlp.activation_backward(dh, state.eu, deu, p.activation, remake=want)
     else:
         h = lora_mlp.activated(state.eu, p.activation, 0) if want else dy
@@ -238,7 +238,7 @@ def backward(
     dq, dk, dv = state.attended.gradients(do.view(*call.shape, p.heads, p.head_dim), q, k, v)
     state.attended = None
     del do
-    dqkv = glu.roomy((x.shape[0], p.qkv.stack.n), p.qkv.stack.r, x)
+    dqkv = glu.roomy((x.shape[0], p.qkv.stack.n), p.qkv.stack.room_out, x)
     dnorms = _unplaced(call, state, dqkv, dq, dk, dv, norms[2] or norms[3])
     del dq, dk, dv, q, k, v
     state.qkv = state.q = state.k = None

@@ -163,7 +163,7 @@ def _forward(
     # Each call makes its buffer and lets go of it, so that only one of 235 and 117 MB (Llama-3.1-8B) is there at a time.
     flat = matrix(x)
     eu, tail = forward_layers(wide, flat, a[:2], b[:2], z[:2], scales[:2], under(flat, seed_x, dropout), tail_free)
-    h = activated(eu, activation, narrow.r)
+    h = activated(eu, activation, narrow.room)
     y, tail_down = forward_layers(narrow, h, a[2:], b[2:], z[2:], scales[2:], under(h, seed_h, dropout), True)
     return y.view(*x.shape[:-1], narrow.n), eu, tail, tail_down
 
@@ -181,7 +181,7 @@ def _backward(
     dy, before = matrix(dy), any(needs[:7])  # whether anything before h wants a gradient
     dh, dtail = input_gradient(narrow, dy, a[2:], b[2:], z[2:], scales[2:], seed_h, dropout, before, needs[7])
     if before:
-        deu, h = glu.roomy(eu.shape, wide.r, eu), dh
+        deu, h = glu.roomy(eu.shape, wide.room_out, eu), dh
         activation_backward(dh, eu, deu, activation, needs[7])
     else:
         h = activated(eu, activation, 0) if needs[7] else dy
@@ -341,7 +341,7 @@ h-too-early: dh read after h is written over it
 +     store(dh_ptr, row, dh_stride, cols, mask, act * up)
 +     dh = load(dh_ptr, row, dh_stride, cols, mask)
 deu-over-eu: gradients written over the saved gate and up
-- deu, h = glu.roomy(eu.shape, wide.r, eu), dh
+- deu, h = glu.roomy(eu.shape, wide.room_out, eu), dh
 + deu, h = eu, dh
 up-for-gate: gate's and up's weights exchanged
 - gate, up, down = unflatten(weights, layout)

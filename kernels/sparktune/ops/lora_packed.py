@@ -85,9 +85,27 @@ class Stack:
         return slice(first, first + self.ranks[i])
 
     @property
+    def room(self) -> int:
+        """Columns to leave right of an input's rows, so that its low-rank product lands beside it."""
+        return behind(self.k, self.r)
+
+    @property
+    def room_out(self) -> int:
+        """The same, right of an output gradient's rows."""
+        return behind(self.n, self.r)
+
+    @property
     def one(self) -> int:
         """The column that the biases share."""
         return sum(self.ranks)
+
+
+def behind(width: int, r: int) -> int:
+    """Columns after `width` that hold `r` and end the row at a multiple of 128 bytes in 16 bits; none for r = 0.
+
+    Rows that end anywhere make dequantisation into the buffer 58 to 81% as fast as a copy, where whole ones reach 96 (H100).
+    """
+    return -(-(width + r) // 64) * 64 - width if r else 0
 
 
 @triton.jit
@@ -153,7 +171,8 @@ def pack(
     Without `weights` their place holds whatever was there, for a backward that multiplies by what lies around them only.
     """
     n, k, r = stack.n, stack.k, stack.r
-    p = torch.empty(n + r, k + r, dtype=dtype, device=stack.weights[0].device)
+    p = torch.empty(n + r, k + stack.room, dtype=dtype, device=stack.weights[0].device)[:, : k + r]
+    width = p.stride(0)
     for i, w in enumerate(stack.weights):
         rows, slot, last = stack.rows(i), stack.slot(i), i + 1 == len(stack.weights)
         if weights:
@@ -166,7 +185,7 @@ def pack(
         ai, bi, zi = a[i], b[i], bias[i]
         dispatch.launch(
             adapter_kernel, beside + below, p, p, p if ai is None else ai, p if bi is None else bi, p if zi is None else zi,
-            scales[i], w.shape[0], k, k + r, rows.start * (k + r) + k, n * (k + r), slot.start, stack.ranks[i],
+            scales[i], w.shape[0], k, width, rows.start * width + k, n * width, slot.start, stack.ranks[i],
             r if last else slot.stop, stack.one, r, *(ai.stride() if ai is not None else (0, 0)),
             *(bi.stride() if bi is not None else (0, 0)), beside,
             LORA=ai is not None, BIAS=zi is not None, R_BLOCK=c.r_block, TILE=c.tile, num_warps=4,
@@ -188,34 +207,39 @@ def with_room(x: Tensor, r: int) -> Tensor | None:
 
 def forward_packed(
     x: Tensor, p: Tensor, n: int, one: int | None, branch_input: Tensor | None = None, tail_free: bool = False,
-    onto: Tensor | None = None,
+    onto: Tensor | None = None, room: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [M, n], x' A^T [M, r]) for x [M, K] and the buffer P; `one`: the column of P that biases stand in.
 
-    `onto` [M, n] is added within the product, before its one rounding, and stays as it is.
+    `onto` [M, n] is added within the product, before its one rounding, and stays as it is. `room`: columns to leave right
+    of y's rows.
     """
     k = x.shape[1]
     r = p.shape[1] - k
     if r == 0:
-        return _onto(onto, x, p[:n].t()), x.new_empty(x.shape[0], 0)
+        return _onto(onto, x, p[:n].t(), room), x.new_empty(x.shape[0], 0)
     x_branch = x if branch_input is None else branch_input
     row = with_room(x, r) if tail_free else None
     if row is None and k < n:
-        row = torch.empty(x.shape[0], k + r, dtype=x.dtype, device=x.device)
+        row = torch.empty(x.shape[0], k + behind(k, r), dtype=x.dtype, device=x.device)[:, : k + r]
         row[:, :k].copy_(x)
     if row is None:
         tail = x_branch @ p[n:, :k].t()
         if one is not None:
             tail[:, one] = 1.0
-        return _onto(onto, tail, p[:n, k:].t()).addmm_(x, p[:n, :k].t()), tail
+        return _onto(onto, tail, p[:n, k:].t(), room).addmm_(x, p[:n, :k].t()), tail
     torch.mm(x_branch, p[n:, :k].t(), out=row[:, k:])
     if one is not None:
         row[:, k + one] = 1.0
-    return _onto(onto, row, p[:n].t()), row[:, k:].clone()
+    return _onto(onto, row, p[:n].t(), room), row[:, k:].clone()
 
 
-def _onto(base: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    return left @ right if base is None else torch.addmm(base, left, right)
+def _onto(base: Tensor | None, left: Tensor, right: Tensor, room: int) -> Tensor:
+    if not room:
+        return left @ right if base is None else torch.addmm(base, left, right)
+    n = right.shape[1]
+    y = torch.empty(left.shape[0], n + room, dtype=left.dtype, device=left.device)[:, :n]
+    return torch.mm(left, right, out=y) if base is None else torch.addmm(base, left, right, out=y)
 
 
 def backward_packed(
@@ -234,7 +258,7 @@ def backward_packed(
         tail = dy @ p[:n, k:]
         return drop(tail @ p[n:, :k], seed, dropout, onto=dy @ p[:n, :k]), tail
     if row is None and n < k:
-        row = torch.empty(dy.shape[0], n + r, dtype=dy.dtype, device=dy.device)
+        row = torch.empty(dy.shape[0], n + behind(n, r), dtype=dy.dtype, device=dy.device)[:, : n + r]
         row[:, :n].copy_(dy)
     if row is None:
         tail = dy @ p[:n, k:]
