@@ -14,6 +14,14 @@ COMMON: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2, "initializer_range": 0.15, "tie_word_embeddings": False, "use_cache": False,
 }  # fmt: skip
+GEMMA3: dict[str, Any] = {
+    "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 5, "query_pre_attn_scalar": 40, "tie_word_embeddings": True,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+    },
+}  # fmt: skip
 # family -> (configuration class, what differs from COMMON)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -30,6 +38,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": 9}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {}),
+    "gemma2": (  # caps that bend scores and logits of this size, and a window that hides
+        "Gemma2Config",
+        {
+            "sliding_window": 5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0,
+            "query_pre_attn_scalar": 40, "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": ("Gemma3TextConfig", GEMMA3),
+    "gemma3-images": (
+        "Gemma3Config",
+        {
+            "text_config": {**COMMON, **GEMMA3},
+            "vision_config": {
+                "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "image_size": 16, "patch_size": 4, "vision_use_head": False,
+            },
+            "mm_tokens_per_image": 4, "image_token_index": 150, "boi_token_index": 151, "eoi_token_index": 152,
+        },
+    ),
+    "phi3": ("Phi3Config", {"sliding_window": 6}),
+    # A batch's longest document chooses the factors: the packed and padded ones are short, the others long. transformers'
+    # own generation past the switch is wrong (it forgets its cache and goes on with one token), so 9 + 6 tokens stay short.
+    "phi4-mini": (
+        "Phi3Config",
+        {
+            "tie_word_embeddings": True, "original_max_position_embeddings": 15,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
+                "original_max_position_embeddings": 15,
+            },
+        },
+    ),
+    "smollm3": (
+        "SmolLM3Config",
+        {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 7},
+    ),
 }  # fmt: skip
 TARGETS = "all-linear"
 

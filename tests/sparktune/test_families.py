@@ -35,7 +35,14 @@ def test_in_bf16_it_is_no_further_from_the_truth_than_twice_transformers(family)
     truth.load_state_dict({k: v.float() for k, v in theirs.state_dict().items()})
     batch = {"input_ids": tokens(), "labels": tokens()}
     (exact, exact_grads), (loss, grads), (found, own) = (step(m, **batch) for m in (truth, theirs, ours))
-    assert abs(found - exact) <= 2 * abs(loss - exact) + 2e-3
+    errors = [(loss - exact, found - exact)]
+    with torch.no_grad():  # a loss is one number, near the truth or not by luck; six are not
+        for seed in range(10, 15):
+            ids = tokens(seed=seed)
+            exact, loss, found = (m(input_ids=ids, labels=ids, use_cache=False).loss for m in (truth, theirs, ours))
+            errors.append((loss - exact, found - exact))
+    their_error, our_error = torch.tensor(errors).square().mean(0).sqrt()
+    assert our_error <= 2 * their_error + 1e-3
     for name, grad in exact_grads.items():
         norm = grad.norm()
         assert (own[name] - grad).norm() / norm <= 2 * (grads[name] - grad).norm() / norm + 8e-3, name

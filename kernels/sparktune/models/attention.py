@@ -62,18 +62,23 @@ def attend(
     return out[..., :width]
 
 
+def refuse_call(module: nn.Module, dropout: float, is_causal: bool | None = None) -> None:
+    """Errors: NotImplementedError for dropout of the scores, and for a module that isn't causal."""
+    if dropout:
+        raise NotImplementedError("sparktune's attention has no dropout: load with attention_dropout=0.0.")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise NotImplementedError(
+            "sparktune's attention is causal; load bidirectional models with attn_implementation='sdpa'."
+        )
+
+
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
     s_aux: Tensor | None = None, documents: Documents | None = None, is_causal: bool | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """As transformers calls it: query [B, H, S, D], key and value [B, Hkv, Skv, D] -> ([B, S, H, Dv], None)."""
-    if dropout:
-        raise NotImplementedError("sparktune's attention has no dropout: set model.config.attention_dropout = 0.")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise NotImplementedError(
-            "sparktune's attention is causal; load bidirectional models with attn_implementation='sdpa'."
-        )
+    refuse_call(module, dropout, is_causal)
     if attention_mask is not None and attention_mask.dim() == 4:
         attention_mask = attention_mask[..., : key.shape[2]]
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparktune.models import checkpointing
 from sparktune.models.attention import without_masks
 from sparktune.models.documents import Documents
-from sparktune.models.projection import Unfit, note_fallback
+from sparktune.models.projection import Unfit, active_lora, note_fallback, unhooked
 from sparktune.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -83,7 +83,7 @@ class CausalLM:
                 given.shape[0], given.shape[1], given.device, attention_mask, position_ids, everything
             )
             everything["documents"] = documents
-        outputs = self.model(**everything)
+        outputs = self._decoder(**everything)
         hidden = outputs.last_hidden_state
         loss = self._loss(hidden, labels, shift_labels, documents, count)
         logits = None if self.training and torch.is_grad_enabled() else self._logits(hidden, logits_to_keep)
@@ -105,6 +105,10 @@ class CausalLM:
         except Unfit as unfit:
             return str(unfit)
         return None
+
+    @property
+    def _decoder(self: Any) -> Any:
+        return self.model
 
     def _loss(
         self: Any, hidden: Tensor, labels: Tensor | None, shift_labels: Tensor | None, documents: Documents | None,
@@ -146,24 +150,18 @@ def head(module: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | No
     """(weight [V, K], bias, LoRA's A and B, scale) of a language model's head. Errors: Unfit with the reason."""
     saved = getattr(module, "modules_to_save", None)
     if saved is not None:  # PEFT's copy that is trained whole
-        if getattr(module, "disable_adapters", False):
-            module = module.original_module
-        else:
-            active = [n for n in module.active_adapters if n in saved]
-            module = saved[active[0]] if active else module.original_module
+        unhooked(module)
+        active = [] if module.disable_adapters else [n for n in module.active_adapters if n in saved]
+        module = saved[active[0]] if active else module.original_module
+    unhooked(module)
     base = getattr(module, "base_layer", module)
     weight = getattr(base, "weight", None)
     if not isinstance(base, nn.Linear) or not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise Unfit(f"its head is a {type(base).__name__} of {getattr(weight, 'dtype', 'no weight')}")
-    if base is module:
+    lora = None if base is module else active_lora(module)
+    if lora is None:
         return weight, base.bias, None, None, 1.0
-    if module.merged or module.disable_adapters:
-        return weight, base.bias, None, None, 1.0
-    active = [n for n in module.active_adapters if n in module.lora_A]
-    if len(active) != 1 or module.use_dora.get(active[0], False):
-        raise Unfit("its head has DoRA, or not one adapter")
-    drop = module.lora_dropout[active[0]]
-    if isinstance(drop, nn.Dropout) and drop.p and module.training:
+    a, b, scale, dropout = lora
+    if dropout:
         raise Unfit("its head has LoRA with dropout")
-    a, b = module.lora_A[active[0]].weight, module.lora_B[active[0]].weight
-    return weight, base.bias, a, b, float(module.scaling[active[0]])
+    return weight, base.bias, a, b, scale

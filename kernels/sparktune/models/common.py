@@ -10,6 +10,7 @@ from torch import nn
 from sparktune.models import parts
 from sparktune.models.causal import Backbone, CausalLM
 from sparktune.models.layer import PreNormLayer
+from sparktune.models.sandwich import SandwichLayer
 from sparktune.models.swap import Rule, rule
 from sparktune.quant.linear import Linear4bit, refuse_linear
 
@@ -21,20 +22,37 @@ def refuse_norm(module: Any) -> str:
     return "" if module.weight.is_floating_point() else f"its weight has the type {module.weight.dtype}"
 
 
+def refuse_layer(module: Any) -> str:
+    """A layer's residual branches must have no dropout."""
+    drops = [d.p for name in ("resid_attn_dropout", "resid_mlp_dropout") if (d := getattr(module, name, None))]
+    return f"its residual branches have dropouts of {drops}" if any(drops) else ""
+
+
 def pre_norm_family(
     *, causal: type[nn.Module], backbone: type[nn.Module], layer: type[nn.Module], attention: type[nn.Module],
-    mlp: type[nn.Module], norm: type[nn.Module], rotary: type[nn.Module], qk_norm: str = "", window: str = "",
-    merged_qkv: str = "", merged_mlp: str = "",
+    mlp: type[nn.Module], norm: type[nn.Module], rotary: type[nn.Module], sandwich: bool = False, order: str = "llama",
+    eps: str = "variance_epsilon", qk_norm: str = "", window: str = "", softcap: str = "",
+    activation: str = "silu", activation_name: str = "act_fn", merged_qkv: str = "", merged_mlp: str = "",
 ) -> tuple[Rule, ...]:  # fmt: skip
-    """Llama and what differs from it by names, biases, head norms (`qk_norm`: their order), merged projections or where
-    the window is (`window`: "config", or the attention module itself)."""
+    """Llama, and what differs from it in a few known ways.
+
+    Norms after attention and MLP as well (`sandwich`), their rounding order and their attribute with epsilon, norms over
+    each head of q and k (`qk_norm`: their order), where the window is ("config", or the attention module itself), the
+    attention's attribute with the scores' cap, the MLP's activation and its attribute, the names of merged projections.
+    """
     return (
         rule("linear_cross_entropy", causal, CausalLM),
         rule("documents", backbone, Backbone),
-        rule("add_rms_norm", layer, PreNormLayer),
-        rule("lora_qkv", attention, parts.Attention, QK_NORM=qk_norm, WINDOW=window, MERGED=merged_qkv),
-        rule("lora_mlp", mlp, parts.Mlp, parts.refuse_mlp("silu"), MERGED=merged_mlp),
-        rule("rms_norm", norm, parts.Norm, refuse_norm),
+        rule("add_rms_norm", layer, SandwichLayer if sandwich else PreNormLayer, refuse_layer),
+        rule(
+            "lora_qkv", attention, parts.Attention, QK_NORM=qk_norm, WINDOW=window, SOFTCAP=softcap,
+            MERGED=merged_qkv,
+        ),
+        rule(
+            "lora_mlp", mlp, parts.Mlp, parts.refuse_mlp(activation, activation_name), ACTIVATION=activation,
+            MERGED=merged_mlp,
+        ),
+        rule("rms_norm", norm, parts.Norm, refuse_norm, ORDER=order, EPS=eps),
         rule("rope", rotary, parts.Rotary),
         LINEAR_4BIT,
-    )
+    )  # fmt: skip

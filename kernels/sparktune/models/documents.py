@@ -56,7 +56,9 @@ class Documents:
     def from_lengths(cls, lengths: Tensor | Sequence[int], tokens: int, device: torch.device) -> Documents:
         """From the documents' lengths; on the host they cost no wait."""
         on_host = torch.as_tensor(lengths).to("cpu", torch.int64).flatten()
-        if int(on_host.sum()) != tokens or (on_host < 0).any():
+        if (on_host < 0).any():
+            raise ValueError(f"packed_seq_lengths must not be negative, got {int(on_host.min())}")
+        if int(on_host.sum()) != tokens:
             raise ValueError(f"packed_seq_lengths add up to {int(on_host.sum())}, but the batch has {tokens} tokens")
         cu = torch.nn.functional.pad(on_host.cumsum(0), (1, 0)).to(torch.int32)
         return cls(cu.to(device, non_blocking=True), int(on_host.max()), True)

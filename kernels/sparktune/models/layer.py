@@ -13,7 +13,6 @@ from sparktune.models.layer_function import Call, DecoderLayer
 from sparktune.models.layer_parts import LayerParts
 from sparktune.models.projection import Unfit, note_fallback
 from sparktune.ops import dispatch
-from sparktune.ops.add_rms_norm import add_rms_norm
 
 
 class PreNormLayer:
@@ -42,11 +41,7 @@ class PreNormLayer:
             y: Tensor = DecoderLayer.apply(hidden_states.reshape(-1, width), call, *whole.trained)
             return y.view(hidden_states.shape)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        norm = self.post_attention_layernorm
-        if not isinstance(norm, parts.Norm) or attended.dtype != hidden_states.dtype:
-            total: Tensor = hidden_states + attended
-            return total + self.mlp(norm(total))  # type: ignore[no-any-return]
-        normed, total = add_rms_norm(attended, hidden_states, norm.weight, norm.eps_value, norm.ORDER)  # type: ignore[attr-defined]
+        normed, total = parts.summed_norm(attended, hidden_states, self.post_attention_layernorm)
         return total + self.mlp(normed)  # type: ignore[no-any-return]
 
     def whole(self: Any, hidden: Any, kwargs: dict[str, Any]) -> LayerParts | None:

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from sparktune.models import parts
-from sparktune.models.projection import Projection, Unfit
+from sparktune.models.attention import refuse_call
+from sparktune.models.projection import Projection, Unfit, unhooked
 from sparktune.ops.lora_packed import Stack
 
 
@@ -85,24 +86,28 @@ class LayerParts:
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         if not isinstance(attention, parts.Attention) or not isinstance(mlp, parts.Mlp):
             raise Unfit(f"its attention is a {type(attention).__name__} and its MLP a {type(mlp).__name__}")
-        if not all(isinstance(n, parts.Norm) for n in norms):
-            raise Unfit("its norms were not patched")
-        modules: tuple[Any, ...] = (attention, mlp, *norms)
-        for module in modules:
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-                raise Unfit(f"its {type(module).__name__} has hooks, or a forward of its own on the instance")
         a: Any = attention
         m: Any = mlp
-        if getattr(a, "sinks", None) is not None or getattr(a, "attn_logit_softcapping", None):
+        unhooked(a)
+        unhooked(m)
+        heads = [parts.fit_norm(n) for n in (a.q_norm, a.k_norm)] if a.QK_NORM else []
+        for norm in norms:
+            parts.fit_norm(norm)
+        if getattr(a, "sinks", None) is not None or (a.SOFTCAP and getattr(a, a.SOFTCAP)):
             raise Unfit("its attention has sinks or a soft-cap")
+        if not getattr(a, "use_rope", True):
+            raise Unfit("its attention turns nothing by its position")
+        if len({n.eps_value for n in heads}) > 1:
+            raise Unfit("the norms of its heads differ in epsilon")
+        refuse_call(a, getattr(a, "attention_dropout", 0.0) if a.training else 0.0)
         qkv = (getattr(a, a.MERGED),) if a.MERGED else (a.q_proj, a.k_proj, a.v_proj)
         gate_up = (getattr(m, m.MERGED),) if m.MERGED else (m.gate_proj, m.up_proj)
         return cls(
             qkv=Group.of(*qkv), o=Group.of(a.o_proj), gate_up=Group.of(*gate_up), down=Group.of(m.down_proj),
             norm1=norms[0].weight, norm2=norms[1].weight, eps1=norms[0].eps_value, eps2=norms[1].eps_value,
-            order=norms[0].ORDER, q_norm=a.q_norm.weight if a.QK_NORM else None,
-            k_norm=a.k_norm.weight if a.QK_NORM else None,
-            head_eps=float(getattr(a.q_norm, a.HEAD_EPS)) if a.QK_NORM else 0.0, head_order=a.QK_NORM,
+            order=norms[0].ORDER, q_norm=heads[0].weight if heads else None,
+            k_norm=heads[1].weight if heads else None, head_eps=heads[0].eps_value if heads else 0.0,
+            head_order=a.QK_NORM,
             heads=a.config.num_attention_heads, kv_heads=a.config.num_key_value_heads, head_dim=a.head_dim,
             scale=float(a.scaling), window=a.window, activation=m.ACTIVATION,
         )  # fmt: skip

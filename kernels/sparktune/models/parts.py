@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparktune.models.attention import attend
+from sparktune.models.attention import attend, refuse_call
 from sparktune.models.documents import Documents
-from sparktune.models.projection import Projection, Unfit, common_dropout, note_fallback
+from sparktune.models.projection import Projection, Unfit, common_dropout, note_fallback, unhooked
+from sparktune.ops.add_rms_norm import add_rms_norm
 from sparktune.ops.geglu import geglu
 from sparktune.ops.lora_linear import lora_linear
 from sparktune.ops.lora_mlp import lora_mlp
@@ -76,7 +77,7 @@ class Attention:
 
     QK_NORM = ""  # the rounding order of norms over each head of q and k, where the family has them
     MERGED = ""  # the name of a projection that makes q, k and v at once
-    HEAD_EPS = "variance_epsilon"
+    SOFTCAP = ""  # the attribute with the cap of the scores, where the family has one
     WINDOW = ""  # where `sliding_window` is: the module itself, or its "config"
 
     def forward(
@@ -91,12 +92,13 @@ class Attention:
                 documents=documents, **kwargs,
             )  # fmt: skip
             return found
+        refuse_call(self, getattr(self, "attention_dropout", 0.0) if self.training else 0.0)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.projected(hidden_states))
-        q, k = self.placed(q, k, position_embeddings)
+        q, k = self.placed(q, k, position_embeddings if getattr(self, "use_rope", True) else None)
+        softcap = getattr(self, self.SOFTCAP) if self.SOFTCAP else None
         out = attend(
-            q, k, v, documents, attention_mask, self.scaling, self.window,
-            getattr(self, "attn_logit_softcapping", None), getattr(self, "sinks", None),
-        ).flatten(2)  # fmt: skip
+            q, k, v, documents, attention_mask, self.scaling, self.window, softcap, getattr(self, "sinks", None)
+        ).flatten(2)
         return linear(self.o_proj, out), None
 
     @property
@@ -125,11 +127,17 @@ class Attention:
     def placed(self: Any, q: Tensor, k: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor]:
         """q and k [B, S, heads, D], normalised where the family does so, and turned by their positions."""
         if self.QK_NORM:
-            eps = float(getattr(self.q_norm, self.HEAD_EPS))
-            if tables is not None:
+            try:
+                q_norm, k_norm = fit_norm(self.q_norm), fit_norm(self.k_norm)
+                if tables is None or q_norm.eps_value != k_norm.eps_value:
+                    raise Unfit("they have no positions, or differ in epsilon")
+            except Unfit as why:
+                note_fallback("the norms of the heads", why)
+                q, k = self.q_norm(q), self.k_norm(k)
+            else:
                 cos, sin, at = tables
-                return qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, at, eps, self.QK_NORM)
-            return self.q_norm(q), self.k_norm(k)
+                eps = q_norm.eps_value
+                return qk_norm_rope(q, k, q_norm.weight, k_norm.weight, cos, sin, at, eps, self.QK_NORM)
         return (q, k) if tables is None else rope(q, k, *tables)
 
 
@@ -189,3 +197,24 @@ def refuse_mlp(activation: str, name: str = "act_fn") -> Any:
         return f"its activation is {type(found).__name__}, not {activation}"
 
     return refuse
+
+
+def fit_norm(module: Any) -> Any:
+    """The norm, if its weight can go into an op that does more than it. Errors: Unfit."""
+    unhooked(module)
+    if not isinstance(module, Norm):
+        raise Unfit(f"it is a {type(module).__name__}")
+    return module
+
+
+def summed_norm(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """(norm(s), s) for s = residual + x, in one pass where the norm lets it."""
+    try:
+        fit_norm(norm)
+        if x.dtype != residual.dtype:
+            raise Unfit(f"{x.dtype} is added to {residual.dtype}")
+    except Unfit as why:
+        note_fallback("a norm of a sum", why)
+        total = residual + x
+        return norm(total), total
+    return add_rms_norm(x, residual, norm.weight, norm.eps_value, norm.ORDER)

@@ -25,7 +25,8 @@ from sparktune.models.swap import Rule
 FAMILIES = {
     name: f"sparktune.models.{file}"
     for name, file in {
-        "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3",
+        "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
+        "gemma3": "gemma3", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3",
     }.items()
 }  # fmt: skip
 REPORT_ATTRIBUTE = "_sparktune_patch_report"
@@ -90,11 +91,10 @@ def patch_model(model: nn.Module) -> PatchReport:
                 else:
                     module.__class__ = rule.target
                     report.patched[rule.op].append(name)
-    base = _transformers_model(model)
-    before = str(base.config._attn_implementation)
+    before = str(_transformers_model(model).config.get_text_config()._attn_implementation)
     report.attention_before = _report_of(model).attention_before if before == attention.NAME else before
     attention.register()
-    base.set_attn_implementation(attention.NAME)
+    _set_attention(model, attention.NAME)
     object.__setattr__(model, REPORT_ATTRIBUTE, report)
     return report
 
@@ -102,6 +102,14 @@ def patch_model(model: nn.Module) -> PatchReport:
 def _transformers_model(model: Any) -> Any:
     """The model itself, out of PEFT's wrapper if it is in one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _set_attention(model: nn.Module, name: str) -> None:
+    """Of the text model alone: what encodes images attends both ways."""
+    base = _transformers_model(model)
+    text = base.config.get_text_config()
+    keys = [k for k in base.config.sub_configs if getattr(base.config, k, None) is text]
+    base.set_attn_implementation({keys[0]: name} if keys else name)
 
 
 def _report_of(model: nn.Module) -> PatchReport:
@@ -122,7 +130,7 @@ def unpatch_model(model: nn.Module) -> int:
         if source is not None:
             module.__class__ = source
             undone += 1
-    _transformers_model(model).set_attn_implementation(_report_of(model).attention_before or "sdpa")
+    _set_attention(model, _report_of(model).attention_before or "sdpa")
     for module in model.modules():
         if REPORT_ATTRIBUTE in vars(module):
             object.__delattr__(module, REPORT_ATTRIBUTE)

@@ -45,35 +45,42 @@ class Projection:
         base = getattr(module, "base_layer", module)
         weight = _weight(base)
         bias = base.bias
-        if base is module:
-            _unhooked(module)
+        unhooked(module)
+        lora = None if base is module else active_lora(module)
+        if lora is None:
             return cls(weight, bias)
-        from peft.tuners.lora import LoraLayer
-
-        _unhooked(module)
-        if not isinstance(module, LoraLayer):
-            raise Unfit(f"its adapter is a {type(module).__name__}, not LoRA")
-        if module.merged:
-            raise Unfit("its adapter is merged into the weight")
-        active = [n for n in module.active_adapters if n in module.lora_A]
-        if module.disable_adapters or not active:
-            return cls(weight, bias)
-        if len(active) > 1:
-            raise Unfit(f"{len(active)} adapters are active at once")
-        name = active[0]
-        a, b = module.lora_A[name], module.lora_B[name]
-        if name in getattr(module, "lora_variant", {}) or module.use_dora.get(name, False):
-            raise Unfit("it has DoRA or another variant of LoRA")
-        if b.bias is not None or a.bias is not None:
-            raise Unfit("its LoRA has a bias")
-        if getattr(module, "fan_in_fan_out", False):
-            raise Unfit("its weight is stored as [in, out]")
-        drop = module.lora_dropout[name]
-        dropout = float(drop.p) if isinstance(drop, nn.Dropout) and module.training else 0.0
-        return cls(weight, bias, a.weight, b.weight, float(module.scaling[name]), dropout)
+        return cls(weight, bias, *lora)
 
 
-def _unhooked(module: nn.Module) -> None:
+def active_lora(module: Any) -> tuple[Tensor, Tensor, float, float] | None:
+    """A [r, K], B [N, r], scale and dropout of the one active adapter that PEFT put around a linear layer; None where it
+    is switched off. Errors: Unfit for what a product of A and B doesn't say."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(module, LoraLayer):
+        raise Unfit(f"its adapter is a {type(module).__name__}, not LoRA")
+    if module.merged:
+        raise Unfit("its adapter is merged into the weight")
+    active = [n for n in module.active_adapters if n in module.lora_A]
+    if module.disable_adapters or not active:
+        return None
+    if len(active) > 1:
+        raise Unfit(f"{len(active)} adapters are active at once")
+    name = active[0]
+    a, b = module.lora_A[name], module.lora_B[name]
+    if name in module.lora_variant or module.use_dora.get(name, False):
+        raise Unfit("it has DoRA or another variant of LoRA")
+    if b.bias is not None or a.bias is not None:
+        raise Unfit("its LoRA has a bias")
+    if getattr(module, "fan_in_fan_out", False):
+        raise Unfit("its weight is stored as [in, out]")
+    drop = module.lora_dropout[name]
+    dropout = float(drop.p) if isinstance(drop, nn.Dropout) and module.training else 0.0
+    return a.weight, b.weight, float(module.scaling[name]), dropout
+
+
+def unhooked(module: nn.Module) -> None:
+    """Errors: Unfit for a module whose hooks, or whose own forward, a fused op would pass by."""
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         raise Unfit("it has hooks, or a forward of its own on the instance")
 
