@@ -69,7 +69,7 @@ def agree(ours, theirs, data, exact=None):
     return loss, grads
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi4-mini"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi4-mini", "smollm3"])
 def test_it_is_transformers_layer_whatever_it_keeps(twins, device, family):
     theirs, ours = twins(family)
     dispatch.reset()

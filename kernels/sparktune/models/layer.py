@@ -37,7 +37,8 @@ class PreNormLayer:
         if whole is not None:
             keep = self.keep if self.training and self.gradient_checkpointing else ALL
             batch, length, width = hidden_states.shape
-            call = Call(whole, (batch, length), kwargs["position_embeddings"], kwargs.get("documents"), keep)
+            tables = kwargs["position_embeddings"] if whole.turns else None
+            call = Call(whole, (batch, length), tables, kwargs.get("documents"), keep)
             y: Tensor = DecoderLayer.apply(hidden_states.reshape(-1, width), call, *whole.trained)
             return y.view(hidden_states.shape)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)

@@ -53,7 +53,7 @@ class Call:
 
     parts: LayerParts
     shape: tuple[int, int]  # batch, sequence
-    tables: Tables
+    tables: Tables | None  # None: nothing is turned by its position
     documents: Documents | None
     keep: frozenset[str]
 
@@ -84,9 +84,12 @@ def heads_of(call: Call, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def place(call: Call, state: State) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as attention takes them, of `state.qkv`; q and k are turned in its place, or written apart after norms."""
-    p, (cos, sin, at) = call.parts, call.tables
+    p = call.parts
     assert state.qkv is not None
     q, k, v = heads_of(call, state.qkv)
+    if call.tables is None:
+        return q, k, v
+    cos, sin, at = call.tables
     if p.q_norm is None or p.k_norm is None:
         rotate(q, k, q, k, cos, sin, at, False, False)
         dispatch.record("rope", dispatch.route("rope", q))
@@ -290,9 +293,14 @@ def _unplaced(
     call: Call, state: State, dqkv: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, sums: bool
 ) -> Tensor | None:  # fmt: skip
     """Gradients of q, k and v through RoPE and head norms into dqkv [M, q + 2 kv]; the norms' own [2, D] with `sums`."""
-    p, (cos, sin, at) = call.parts, call.tables
+    p = call.parts
     to_q, to_k, to_v = heads_of(call, dqkv)
     to_v.copy_(dv)
+    if call.tables is None:
+        to_q.copy_(dq)
+        to_k.copy_(dk)
+        return None
+    cos, sin, at = call.tables
     if p.q_norm is None or p.k_norm is None:
         rotate(dq, dk, to_q, to_k, cos, sin, at, False, True)
         return None

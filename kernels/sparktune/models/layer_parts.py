@@ -78,6 +78,7 @@ class LayerParts:
     scale: float
     window: int | None
     activation: str
+    turns: bool  # q and k by their positions
 
     @classmethod
     def of(cls, layer: Any) -> LayerParts:
@@ -95,8 +96,9 @@ class LayerParts:
             parts.fit_norm(norm)
         if getattr(a, "sinks", None) is not None or (a.SOFTCAP and getattr(a, a.SOFTCAP)):
             raise Unfit("its attention has sinks or a soft-cap")
-        if not getattr(a, "use_rope", True):
-            raise Unfit("its attention turns nothing by its position")
+        turns = bool(getattr(a, "use_rope", True))
+        if heads and not turns:
+            raise Unfit("its heads have norms and no positions")
         if len({n.eps_value for n in heads}) > 1:
             raise Unfit("the norms of its heads differ in epsilon")
         refuse_call(a, getattr(a, "attention_dropout", 0.0) if a.training else 0.0)
@@ -109,7 +111,7 @@ class LayerParts:
             k_norm=heads[1].weight if heads else None, head_eps=heads[0].eps_value if heads else 0.0,
             head_order=a.QK_NORM,
             heads=a.config.num_attention_heads, kv_heads=a.config.num_key_value_heads, head_dim=a.head_dim,
-            scale=float(a.scaling), window=a.window, activation=m.ACTIVATION,
+            scale=float(a.scaling), window=a.window, activation=m.ACTIVATION, turns=turns,
         )  # fmt: skip
 
     @property
