@@ -6,11 +6,13 @@ import pytest
 import torch
 from sparktune.models.documents import Documents
 
+HOST = torch.device("cpu")
+
 
 def of(mask=None, positions=None, batch=2, length=6, **kwargs):
     mask = None if mask is None else torch.tensor(mask)
     positions = None if positions is None else torch.tensor(positions)
-    return Documents.of(batch, length, mask, positions, kwargs)
+    return Documents.of(batch, length, HOST, mask, positions, kwargs)
 
 
 def runs(documents, batch=2, length=6):
@@ -32,7 +34,7 @@ def test_rows_that_are_one_sequence_each_need_nothing():
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32])
 def test_padding_is_documents_of_its_own(kind):
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).to(kind)
-    found = Documents.of(2, 6, mask, None, {})
+    found = Documents.of(2, 6, HOST, mask, None, {})
     assert runs(found) == [[0, 0, 1, 1, 1, 1], [2, 2, 2, 3, 3, 3]]
     assert not found.packed
     assert found.longest >= 4
@@ -59,7 +61,7 @@ def test_positions_that_start_again_begin_a_document_and_a_row_begins_one_anyway
 def test_lengths_run_over_rows_and_may_be_nothing():
     for lengths in ([4, 0, 8], torch.tensor([4, 0, 8]), torch.tensor([[4, 0, 8]], dtype=torch.int32)):
         kwargs = {"packed_seq_lengths": lengths, "other": 1}
-        found = Documents.of(2, 6, None, None, kwargs)
+        found = Documents.of(2, 6, HOST, None, None, kwargs)
         assert found.cu_seqlens.tolist() == [0, 4, 4, 12]
         assert (found.longest, found.packed) == (8, True)
         assert kwargs == {"other": 1}, "the model's own forward does not know these"
