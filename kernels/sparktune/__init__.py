@@ -7,21 +7,27 @@ is what fine-tuning needs; it has the names and meanings of Unsloth's class. Imp
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparktune.interface import FastLanguageModel as FastLanguageModel
     from sparktune.interface import is_bfloat16_supported as is_bfloat16_supported
+    from sparktune.models.checkpointing import set_memory_budget as set_memory_budget
+    from sparktune.planning import plan as plan
 
-_LAZY = ("FastLanguageModel", "is_bfloat16_supported")
+_LAZY = {
+    "FastLanguageModel": "sparktune.interface",
+    "is_bfloat16_supported": "sparktune.interface",
+    "plan": "sparktune.planning",
+    "set_memory_budget": "sparktune.models.checkpointing",
+}
 
 
 def __getattr__(name: str) -> Any:
     """The interface, at its first use: torch and transformers take seconds to import."""
     if name in _LAZY:
-        import sparktune.interface
-
-        return getattr(sparktune.interface, name)
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'sparktune' has no attribute {name!r}")
 
 

@@ -1,0 +1,149 @@
+"""Bytes and milliseconds of one QLoRA step of sparktune's own layers, part by part.
+
+Time is the sum of products and attention at the device's rates and of everything else at the speed of a copy; nothing is
+assumed to overlap. Memory is what lies there between steps (weights, embeddings, LoRA with gradients and moments), each
+layer's input and what the budget keeps of it, and the largest set of temporary buffers, which the backward of a layer's MLP or
+the loss has. Flops of a product [M, K] x [K, N] are 2 M N K; of causal attention over rows of S tokens 2 M S width.
+
+Sources: Dettmers et al., "QLoRA", 2023 (bytes of NF4 with nested scales); Williams et al., "Roofline", 2009.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparktune.models.checkpointing import ALL, KINDS, spend
+from sparktune.ops.lora_packed import behind
+from sparktune.planning.ceilings import DEVICES, Ceilings
+from sparktune.planning.shapes import ModelShape
+
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: codes, 8-bit scales, their fp32 scales
+CHUNK = 16 * 128 * 256  # logits of a loss chunk for each SM, at least 1024 rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prediction. `bytes` and `ms` are by part; `kept` says how many layers keep each kind of activation."""
+
+    device: Ceilings
+    shape: ModelShape
+    batch: int
+    sequence: int
+    bytes: dict[str, float]
+    ms: dict[str, float]
+    kept: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> float:
+        """Peak allocated, bytes."""
+        return sum(self.bytes.values())
+
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds a step."""
+        return sum(self.ms.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second."""
+        return self.batch * self.sequence / self.step_ms * 1e3
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the device's memory."""
+        return self.peak <= self.device.memory
+
+    def __str__(self) -> str:
+        what = "Predicted" if self.device.measured else "Predicted from figures that were not measured"
+        verdict = "fits" if self.fits else "does not fit"
+        return (
+            f"{what}: {self.shape.name}, {self.batch} x {self.sequence} tokens on {self.device.name}: "
+            f"{self.peak / 2**30:.2f} GiB ({verdict}), {self.step_ms:.0f} ms a step, {self.tokens_per_s:.0f} tokens/s."
+        )
+
+
+def plan(
+    model: Any, device: Ceilings | str = "gb10", *, batch: int = 2, sequence: int = 2048, rank: int = 16,
+    budget: float = 0.0, documents: int = 1, load_in_4bit: bool = True, lora_itemsize: int = 4,
+) -> Plan:  # fmt: skip
+    """Predict a step of `model` (a `ModelShape`, a transformers model or configuration) on a device ("gb10", "h100").
+
+    LoRA of `rank` on all seven projections, its optimiser 8-bit AdamW; `budget` bytes for activations, as
+    `set_memory_budget` takes it (inf: all stay, which is also what no checkpointing does); `documents` a row, packed.
+    Errors: ValueError for an unknown device, sizes below 1, or a model that is not a dense decoder.
+    """
+    if isinstance(device, str):
+        if device.lower() not in DEVICES:
+            raise ValueError(f"no ceilings for '{device}': known are {', '.join(DEVICES)}; give a Ceilings of your own")
+        device = DEVICES[device.lower()]
+    if min(batch, sequence, rank, documents) < 1:
+        raise ValueError("batch, sequence, rank and documents must be 1 or more")
+    shape = model if isinstance(model, ModelShape) else ModelShape.of(model)
+    tokens, row = batch * sequence, -(-sequence // documents)
+    kept = spend(budget, tokens, row, [shape.layer()] * shape.layers)
+    counts = {kind: sum(kind in k for k in kept) for kind in KINDS}
+    return Plan(
+        device, shape, batch, sequence, _bytes(shape, tokens, rank, kept, load_in_4bit, lora_itemsize, device.sms),
+        _milliseconds(shape, tokens, row, rank, kept, load_in_4bit, device), counts,
+    )  # fmt: skip
+
+
+def _bytes(
+    s: ModelShape, tokens: int, rank: int, kept: list[frozenset[str]], load_in_4bit: bool, lora_itemsize: int, sms: int
+) -> dict[str, float]:
+    layer, trained = s.layer(), s.lora_elements(rank) * s.layers
+    ranks = {n: -(-c * rank // 16) * 16 for n, c in (("qkv", 3), ("o", 1), ("gate_up", 2), ("down", 1))}
+    widths = {
+        n: (width, k, behind(k, ranks[n]), behind(width, ranks[n])) for n, (width, k) in s.projections.items()
+    }  # fmt: skip
+    buffers = {n: (w + ranks[n]) * (k + room) * 2 for n, (w, k, room, _) in widths.items()}
+    stay = sum(tokens * layer.bytes_of(kind) for k in kept for kind in k)
+    # The MLP's backward: what it is made from, and dh beside gate and up. What a layer keeps is not made again.
+    remade = sum(tokens * layer.bytes_of(kind) for kind in KINDS if kind not in kept[-1])
+    gate_up = tokens * 2 * s.inner * 2
+    mlp = remade + tokens * (s.inner + widths["down"][2]) * 2 + tokens * s.hidden * 2 + buffers["down"]
+    then = remade + tokens * (s.inner + 2 * s.hidden) * 2 + buffers["gate_up"]
+    attention = remade - ("gate_up" not in kept[-1]) * gate_up + tokens * (3 * s.q + 4 * s.kv + 2 * s.hidden) * 2
+    rows = min(tokens, max(1024, CHUNK * sms // s.vocabulary))
+    loss = rows * s.vocabulary * 2 + 2 * tokens * s.hidden * 2
+    return {
+        "weights": s.layer_weights * s.layers * (NF4 if load_in_4bit else 2),
+        "embedding and head": s.vocabulary * s.hidden * 2 * (1 if s.tied else 2),
+        "LoRA, gradients, moments": trained * (2 * lora_itemsize + 2),
+        "layer inputs": tokens * s.hidden * 2 * (s.layers + 1),
+        "low-rank products": tokens * sum(ranks.values()) * 2 * s.layers,
+        "kept activations": stay,
+        "temporary": max(mlp, then, attention + buffers["qkv"], loss),
+    }
+
+
+def _milliseconds(
+    s: ModelShape, tokens: int, row: int, rank: int, kept: list[frozenset[str]], load_in_4bit: bool, d: Ceilings
+) -> dict[str, float]:
+    layer = s.layer()
+    products = 2 * tokens * s.layer_weights * s.layers  # one pass
+    again = sum(
+        tokens * layer.flops_of(kind, row) for k in kept for kind in KINDS if kind not in k and kind != "attention"
+    )
+    scores = 2 * tokens * row * s.q  # of one layer's causal attention, forward
+    attended_again = sum(scores for k in kept if "attention" not in k)
+    dense = s.layer_weights * s.layers * ((NF4 if load_in_4bit else 2) + 2) if load_in_4bit else 0.0
+    remade = sum(k != ALL for k in kept) / max(1, s.layers)
+    lora = sum(k for _, k in s.projections.values()) + sum(n + k for n, k in s.projections.values())
+    # Rows of norms, rotations and activations, read and written: forward, backward, and what is made again.
+    once = 2 * 2 * s.hidden + 2 * (s.q + s.kv) + 3 * s.inner
+    back = 2 * 4 * s.hidden + 2 * (s.q + 2 * s.kv) + 6 * s.inner
+    made = (2 * 2 * s.hidden + 2 * (s.q + s.kv)) * remade
+    return {
+        "products": 2 * products / d.gemm * 1e3,
+        "products again": again / d.gemm * 1e3,
+        "head": 2 * 2 * tokens * s.hidden * s.vocabulary / d.gemm * 1e3,
+        "attention": (scores * s.layers + attended_again) / d.attention_forward * 1e3
+        + 2.5 * scores * s.layers / d.attention_backward * 1e3,
+        "dequantisation": dense * (2 + remade) / d.copy * 1e3,
+        "LoRA": (lora * tokens * 2 * s.layers / d.copy + 2 * tokens * s.lora_elements(rank) * s.layers / d.gemm) * 1e3,
+        "elementwise": (once + back + made) * tokens * 2 * s.layers / d.copy * 1e3,
+        "loss": 5 * tokens * s.vocabulary * 2 / d.copy * 1e3,
+        "optimiser": s.lora_elements(rank) * s.layers * (4 + 4 + 4 + 4) / d.copy * 1e3,
+    }

@@ -1,0 +1,87 @@
+"""The plan: a model's own sizes, parts that add up, and what a budget buys."""
+
+from dataclasses import replace
+
+import families
+import pytest
+import sparktune
+import torch
+from sparktune.models.checkpointing import KINDS
+from sparktune.planning import GB10, H100, Ceilings, ModelShape, plan
+from torch import nn
+
+LLAMA = ModelShape("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256)
+INF = float("inf")
+
+
+@pytest.mark.parametrize("family", ["llama", "llama3-rope", "qwen3", "mistral"])
+def test_a_shape_counts_the_models_own_elements(family):
+    model = families.build(family)
+    shape = ModelShape.of(model)
+    projections = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
+    assert shape.layer_weights * shape.layers == projections
+    assert shape.tied == (family == "llama3-rope")
+    assert shape.vocabulary * shape.hidden == model.get_input_embeddings().weight.numel()
+    lora = families.with_lora(model)
+    trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    assert shape.lora_elements(4) * shape.layers == trained
+    assert shape.head_norms == any("q_norm" in n for n, _ in model.named_parameters())
+
+
+def test_experts_are_refused_rather_than_guessed():
+    from transformers import Qwen3MoeConfig
+
+    with pytest.raises(ValueError, match="dense decoders only.*num_experts"):
+        plan(Qwen3MoeConfig(num_experts=4))
+
+
+@pytest.mark.parametrize("device", [H100, GB10])
+def test_weights_and_products_of_llama_are_what_arithmetic_says(device):
+    p = plan(LLAMA, device)
+    weights = 32 * (4096 * 6144 + 4096**2 + 3 * 4096 * 14336)
+    assert p.bytes["weights"] == pytest.approx(weights * (0.5 + 1 / 64 + 1 / 4096))
+    assert p.ms["products"] == pytest.approx(2 * 2 * 4096 * weights / device.gemm * 1e3)
+    assert p.step_ms == pytest.approx(sum(p.ms.values()))
+    assert p.tokens_per_s == pytest.approx(4096 / p.step_ms * 1e3)
+    assert p.peak == sum(p.bytes.values())
+    assert min(*p.bytes.values(), *p.ms.values()) >= 0
+    bf16 = plan(LLAMA, device, load_in_4bit=False)
+    assert bf16.bytes["weights"] == 2 * weights
+    assert bf16.ms["dequantisation"] == 0
+
+
+def test_memory_buys_time_and_never_more_than_it_costs():
+    plans = [plan(LLAMA, "h100", budget=b) for b in (0, 2e9, 5e9, INF)]
+    assert [p.step_ms for p in plans] == sorted((p.step_ms for p in plans), reverse=True)
+    assert plans[0].kept == dict.fromkeys(KINDS, 0)
+    assert plans[3].kept == dict.fromkeys(KINDS, 32)
+    assert plans[3].ms["products again"] == 0
+    for p, budget in zip(plans[:3], (0, 2e9, 5e9), strict=True):
+        assert p.bytes["kept activations"] <= budget
+    assert plans[3].peak > plans[0].peak
+
+
+def test_packed_documents_cost_less_attention_and_nothing_else():
+    one, many = (plan(LLAMA, "h100", sequence=4096, documents=n) for n in (1, 16))
+    assert many.ms["attention"] == pytest.approx(one.ms["attention"] / 16)
+    assert {k: v for k, v in many.ms.items() if k != "attention"} == {
+        k: v for k, v in one.ms.items() if k != "attention"
+    }
+
+
+def test_it_says_whether_it_rests_on_measurements_and_whether_it_fits():
+    assert str(plan(LLAMA, "h100")).startswith("Predicted: Llama-3.1-8B, 2 x 2048 tokens on H100")
+    text = str(plan(LLAMA, "gb10", batch=8, sequence=16384, budget=INF))
+    assert "figures that were not measured" in text
+    assert "does not fit" in text
+    assert sparktune.plan is plan
+
+
+def test_wrong_questions_are_named():
+    with pytest.raises(ValueError, match="no ceilings for 'b200': known are h100, gb10"):
+        plan(LLAMA, "b200")
+    with pytest.raises(ValueError, match="1 or more"):
+        plan(LLAMA, batch=0)
+    with pytest.raises(ValueError, match="above 0"):
+        Ceilings("x", 1.0, 1.0, 1.0, 0.0, 1.0, "", True)
+    assert torch.isfinite(torch.tensor(plan(replace(LLAMA, layers=1), documents=4096).step_ms))
