@@ -31,7 +31,7 @@ def test_a_shape_counts_the_models_own_elements(family):
 def test_experts_are_refused_rather_than_guessed():
     from transformers import Qwen3MoeConfig
 
-    with pytest.raises(ValueError, match="dense decoders only.*num_experts"):
+    with pytest.raises(ValueError, match=r"dense decoders only.*num_experts"):
         plan(Qwen3MoeConfig(num_experts=4))
 
 
@@ -83,5 +83,5 @@ def test_wrong_questions_are_named():
     with pytest.raises(ValueError, match="1 or more"):
         plan(LLAMA, batch=0)
     with pytest.raises(ValueError, match="above 0"):
-        Ceilings("x", 1.0, 1.0, 1.0, 0.0, 1.0, "", True)
+        Ceilings("x", 1.0, 1.0, 1.0, 0.0, 1.0, 1, "", True)
     assert torch.isfinite(torch.tensor(plan(replace(LLAMA, layers=1), documents=4096).step_ms))
