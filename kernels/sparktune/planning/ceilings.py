@@ -10,7 +10,8 @@ class Ceilings:
     """Rates of a device in a process that does nothing else.
 
     gemm: bf16 products of a layer's size, flops a second. copy: bytes read and written a second. attention: flops a second of
-    causal attention forward and backward. memory: bytes that a process may allocate. sms: multiprocessors. `source` says whether these are
+    causal attention forward and backward. memory: bytes that a process may allocate.
+    sms: multiprocessors. `source` says whether these are
     measurements.
     """
 
