@@ -37,7 +37,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("MistralConfig", {"sliding_window": 9}),
     "qwen2": ("Qwen2Config", {}),
-    "qwen3": ("Qwen3Config", {}),
+    "qwen3": ("Qwen3Config", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "gemma2": (  # caps that bend scores and logits of this size, and a window that hides
         "Gemma2Config",
         {
@@ -69,6 +69,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                 "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
                 "original_max_position_embeddings": 15,
             },
+        },
+    ),
+    "granite": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 3.0, "attention_multiplier": 0.15, "residual_multiplier": 0.4,
+            "logits_scaling": 2.5, "tie_word_embeddings": True,
         },
     ),
     "smollm3": (

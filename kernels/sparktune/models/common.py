@@ -10,7 +10,6 @@ from torch import nn
 from sparktune.models import parts
 from sparktune.models.causal import Backbone, CausalLM
 from sparktune.models.layer import PreNormLayer
-from sparktune.models.sandwich import SandwichLayer
 from sparktune.models.swap import Rule, rule
 from sparktune.quant.linear import Linear4bit, refuse_linear
 
@@ -30,20 +29,22 @@ def refuse_layer(module: Any) -> str:
 
 def pre_norm_family(
     *, causal: type[nn.Module], backbone: type[nn.Module], layer: type[nn.Module], attention: type[nn.Module],
-    mlp: type[nn.Module], norm: type[nn.Module], rotary: type[nn.Module], sandwich: bool = False, order: str = "llama",
-    eps: str = "variance_epsilon", qk_norm: str = "", window: str = "", softcap: str = "",
-    activation: str = "silu", activation_name: str = "act_fn", merged_qkv: str = "", merged_mlp: str = "",
+    mlp: type[nn.Module], norm: type[nn.Module], rotary: type[nn.Module], head_mixin: type = CausalLM,
+    layer_mixin: type = PreNormLayer, order: str = "llama", eps: str = "variance_epsilon", qk_norm: str = "",
+    window: str = "", softcap: str = "", activation: str = "silu", activation_name: str = "act_fn",
+    merged_qkv: str = "", merged_mlp: str = "",
 ) -> tuple[Rule, ...]:  # fmt: skip
     """Llama, and what differs from it in a few known ways.
 
-    Norms after attention and MLP as well (`sandwich`), their rounding order and their attribute with epsilon, norms over
-    each head of q and k (`qk_norm`: their order), where the window is ("config", or the attention module itself), the
-    attention's attribute with the scores' cap, the MLP's activation and its attribute, the names of merged projections.
+    What is done with the logits (`head_mixin`), what a layer adds up (`layer_mixin`), the norms' rounding order and their
+    attribute with epsilon, norms over each head of q and k (`qk_norm`: their order), where the window is (`window`:
+    "config", or the attention module itself), the attention's attribute with the scores' cap, the MLP's activation and
+    its attribute, the names of merged projections.
     """
     return (
-        rule("linear_cross_entropy", causal, CausalLM),
+        rule("linear_cross_entropy", causal, head_mixin),
         rule("documents", backbone, Backbone),
-        rule("add_rms_norm", layer, SandwichLayer if sandwich else PreNormLayer, refuse_layer),
+        rule("add_rms_norm", layer, layer_mixin, refuse_layer),
         rule(
             "lora_qkv", attention, parts.Attention, QK_NORM=qk_norm, WINDOW=window, SOFTCAP=softcap,
             MERGED=merged_qkv,

@@ -14,6 +14,7 @@ from transformers.models.gemma3 import modeling_gemma3 as hf
 
 from sparktune.models.causal import CausalLM
 from sparktune.models.common import pre_norm_family
+from sparktune.models.sandwich import SandwichLayer
 from sparktune.models.swap import rule
 
 
@@ -47,7 +48,7 @@ RULES = (
     *pre_norm_family(
         causal=hf.Gemma3ForCausalLM, backbone=hf.Gemma3TextModel, layer=hf.Gemma3DecoderLayer,
         attention=hf.Gemma3Attention, mlp=hf.Gemma3MLP, norm=hf.Gemma3RMSNorm, rotary=hf.Gemma3RotaryEmbedding,
-        sandwich=True, order="gemma", eps="eps", qk_norm="gemma", activation="gelu_tanh",
+        layer_mixin=SandwichLayer, order="gemma", eps="eps", qk_norm="gemma", activation="gelu_tanh",
     ),
     rule("linear_cross_entropy", hf.Gemma3ForConditionalGeneration, TextOfImages),
 )  # fmt: skip

@@ -26,7 +26,7 @@ FAMILIES = {
     name: f"sparktune.models.{file}"
     for name, file in {
         "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
-        "gemma3": "gemma3", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3",
+        "gemma3": "gemma3", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "granite": "granite",
     }.items()
 }  # fmt: skip
 REPORT_ATTRIBUTE = "_sparktune_patch_report"
