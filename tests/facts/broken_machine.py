@@ -34,7 +34,7 @@ MACHINE: dict[str, tuple[str, str, dict[str, Any]]] = {
         "unsloth#3553 (CUDA context wedged until a reboot)",
         STOPPED_TORCH
         | STOPPED_CUDA
-        | {"torch.cuda_available": None, "torch.error": "torch stopped while it started CUDA: no answer within 60 s"},
+        | {"torch.cuda_available": None, "torch.error": "torch stopped while it started CUDA: no answer within 40 s"},
     ),
     "gb10_page_cache": (
         "gb10_healthy",

@@ -110,7 +110,7 @@ EXPECTED: dict[str, set[tuple[str, str]]] = {
 }
 # words that the evidence must hold: what was seen, not only that something was
 EVIDENCE = {
-    "gpu.unusable": ["no /dev/nvidia*", "no answer within 60 s"],
+    "gpu.unusable": ["no /dev/nvidia*", "no answer within 40 s"],
     "gpu.capability_warning": ["cuda capability 12.1"],
     "gpu.shared_memory": ["65536", "101376"],
     "gpu.throttled": ["hardware thermal slowdown", "92 C"],

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import subprocess
 from pathlib import Path
 
+import jsonschema
 import pytest
 from rich.console import Console
-from sparkproof.checks.catalogue import TOPICS
-from sparkproof.cli.doctor import doctor, facts
+from sparkproof.checks.catalogue import CATALOGUE, TOPICS
+from sparkproof.cli import app
+from sparkproof.cli.doctor import catalogue, doctor, facts
 from sparkproof.errors import UserError
 from sparkproof.facts.collect import load
 from sparkproof.facts.model import Facts
@@ -101,6 +105,98 @@ def test_one_topic() -> None:
         printed("gb10_triton35", topic="nonsense")
 
 
+def test_strict_makes_warnings_and_unjudged_checks_fail() -> None:
+    assert doctor(recorded("gb10_page_cache"), console=quiet_console(), strict=True) == 1
+    assert doctor(recorded("gb10_healthy"), console=quiet_console(), strict=True) == 0, "what is harmless never fails"
+    unread = "gb10_wedged"
+    assert doctor(recorded(unread), console=quiet_console(), topic="memory", strict=False) == 0
+    assert doctor(recorded(unread), console=quiet_console(), topic="memory", strict=True) == 1
+
+
+def quiet_console() -> Console:
+    return Console(file=io.StringIO(), width=100)
+
+
+def test_fix_prints_every_command_once_worst_first_and_runs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("no command may be run"))
+    console = quiet_console()
+    doctor(recorded("gb10_small_shm"), console=console, fix=True)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    block = text.partition("Commands, in this order (none of them was run):\n")[2].partition("\n\n")[0]
+    assert block.splitlines() == [
+        "  # container.shm",
+        "  docker run --gpus all --shm-size=8g --ulimit memlock=-1 --ulimit stack=67108864 ...",
+    ], "two findings, one cure"
+    worst = quiet_console()
+    doctor(recorded("gb10_neighbours"), console=worst, fix=True)
+    order = [line for line in worst.file.getvalue().splitlines() if line.startswith("  # ")]  # type: ignore[attr-defined]
+    assert order == ["  # memory.floor", "  # memory.neighbours", "  # memory.allocator"]
+    healthy = quiet_console()
+    doctor(recorded("gb10_healthy"), console=healthy, fix=True)
+    assert "No command to give" in healthy.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_memory_is_accounted_for() -> None:
+    _, text = printed("gb10_page_cache", 120)
+    assert "Memory (GiB)" in text and "2.9 free + 49.1 reclaimable = 52.0" in text
+    assert "2.8, which is 49.2 less than can be had: page cache counts as used" in text
+    _, other = printed("gb10_page_cache", 120, topic="triton")
+    assert "Memory (GiB)" not in other
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda p: p.stem)
+def test_every_answer_fits_the_schema(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    doctor(path, json_out=True)
+    document = json.loads(capsys.readouterr().out)
+    schema = json.loads((FOLDER.parents[1] / "reports/schema/doctor-1.json").read_text())
+    jsonschema.validate(document, schema)
+    counts = document["counts"]
+    assert (
+        sum(counts[s] for s in ("ok", "found", "not applicable", "not read"))
+        == len(document["checks"])
+        == len(CATALOGUE)
+    )
+    assert len(document["findings"]) == counts["error"] + counts["warning"] + counts["info"]
+    assert document["verdict"] == ("failed" if counts["error"] else "passed")
+
+
+def test_the_catalogue_in_words_and_as_data(capsys: pytest.CaptureFixture[str]) -> None:
+    console = quiet_console()
+    assert catalogue(console=console) == 0
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "60 rows: 57 have a check, 3 a test alone, 0 neither." in text
+    assert catalogue(json_out=True) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["doctor", "--catalogue", "--fix"], "--catalogue examines nothing."),
+        (["doctor", "--catalogue", "--facts", "x.json"], "--catalogue examines nothing."),
+        (["doctor", "--json", "--fix"], "--fix is for people."),
+        (["doctor", "--topic", "trition"], "Did you mean 'triton'?"),
+    ],
+)
+def test_what_does_not_go_together_is_an_error(arguments: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        app(arguments, standalone_mode=False)
+    assert said in str(caught.value)
+
+
+def test_a_wrong_topic_is_told_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparkproof.cli.doctor.collect", lambda **k: pytest.fail("half a minute for nothing"))
+    with pytest.raises(UserError):
+        doctor(topic="trition", console=quiet_console())
+
+
+def test_facts_are_not_written_over_what_they_came_from(tmp_path: Path) -> None:
+    path = tmp_path / "f.json"
+    path.write_text(recorded("gb10_healthy").read_text(), encoding="utf-8")
+    with pytest.raises(UserError, match="written over"):
+        facts(path, facts_file=path, redact=True, console=quiet_console())
+
+
 def test_bad_file_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no facts file"):
         doctor(tmp_path / "none.json")
@@ -143,6 +239,15 @@ def test_runner_fails_with_the_fix_of_the_worst(tmp_path: Path) -> None:
     assert result.next_step == "export TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas"
     assert "12.8.93" in result.reason
     assert [a.passed for a in result.assertions] == [False, True]  # the others are explained by the first
+
+
+def test_a_strict_run_fails_for_warnings(tmp_path: Path) -> None:
+    strict = dataclasses.replace(context(load(recorded("gb10_page_cache")), tmp_path), strict=True)
+    result = run(case("memory"), strict)
+    assert result.verdict is Verdict.FAILED and "memory.page_cache" in result.reason
+    assert result.next_step.startswith("sync; echo 3")
+    healthy = dataclasses.replace(context(load(recorded("gb10_healthy")), tmp_path), strict=True)
+    assert run(case("memory"), healthy).verdict is Verdict.PASSED
 
 
 def test_runner_takes_warnings_as_notices(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from pydantic import ValidationError
 from sparkproof.errors import UserError
 from sparkproof.facts import collect as collecting
 from sparkproof.facts.collect import collect, join, load, save
-from sparkproof.facts.host import Host
+from sparkproof.facts.host import Host, Ran
+from sparkproof.facts.installed import Unsloth
 from sparkproof.facts.model import Facts, Gpu
+from sparkproof.facts.toolchain import Torch, Triton
+from sparkproof.facts.tried import Attention, Canaries, Compilation, FourBit, SharedMemory, Tried
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +153,56 @@ def test_unread_is_not_no() -> None:
     assert json.loads(empty.model_dump_json())["memory"]["total_gib"] is None
     with pytest.raises(ValidationError):
         Facts.model_validate({"origin": "x", "memory": {"total": 1}})
+
+
+def test_with_a_gpu_canaries_come_first_and_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a machine with a GPU nothing else runs beside the canaries, and every trial's answer reaches the facts."""
+    running: set[str] = set()
+    order: list[str] = []
+
+    def trial(name: str, answer: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            assert name != "canaries" or not running
+            running.add(name)
+            order.append(name)
+            time.sleep(0.05)
+            running.discard(name)
+            return answer
+
+        return call
+
+    gpu_seen = collecting.torch_probe.TorchAnswer(gpus=[gpu("NVIDIA GB10", usable_by_torch=True)], cuda_free_gib=90.0)
+    monkeypatch.setattr(collecting.torch_probe, "read_torch", lambda host: gpu_seen)
+    monkeypatch.setattr(collecting.triton_probe, "read_triton", lambda host: Triton(version="3.8.0"))
+    monkeypatch.setattr(collecting.tried, "read_compilation", trial("compilation", Compilation(target="sm_121a")))
+    monkeypatch.setattr(collecting.tried, "read_canaries", trial("canaries", Canaries(copy_gb_s=187.0)))
+    kernels = Tried(shared_memory=SharedMemory(limit=101376), convolution=True)
+    monkeypatch.setattr(collecting.tried, "read_kernels", trial("kernels", kernels))
+    flex = Attention(backend="flex", dtype="bf16", head_size=256, direction="forward", error=0.003)
+    monkeypatch.setattr(collecting.tried, "read_flex", trial("flex", [flex]))
+    packages = Tried(four_bit=[FourBit(device="cuda")])
+    monkeypatch.setattr(collecting.tried, "read_packages_tried", trial("packages", packages))
+    monkeypatch.setattr(collecting.companions, "read_unsloth", lambda packages: Unsloth(version="2026.10.1"))
+    monkeypatch.setattr(collecting.companions, "import_unsloth", trial("unsloth", Ran(0, '{"error": null}')))
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidiactl").touch()
+    facts = collect(network=False, host=Host(root=tmp_path))
+    assert order[:2] == ["compilation", "canaries"] and set(order[2:]) == {"kernels", "flex", "packages", "unsloth"}
+    t = facts.tried
+    assert t.canaries and t.canaries.copy_gb_s == 187.0 and t.attention == [flex] and t.convolution is True
+    assert t.shared_memory and t.four_bit[0].device == "cuda" and t.compilation and facts.unsloth.imported is True
+    quick = collect(network=False, host=Host(root=tmp_path), trials=False)
+    assert quick.tried == Tried() and len(order) == 6, "without trials none is made"
+
+
+def test_a_wedged_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    visible: list[bool] = []
+    answer = collecting.torch_probe.TorchAnswer(torch=Torch(error="torch stopped while it started CUDA"))
+    monkeypatch.setattr(collecting.torch_probe, "read_torch", lambda host: answer)
+    monkeypatch.setattr(collecting.triton_probe, "read_triton", lambda host: Triton())
+    monkeypatch.setattr(collecting.tried, "read_packages_tried", lambda host, see: visible.append(see) or Tried())
+    monkeypatch.setattr(collecting.tried, "read_canaries", lambda host: pytest.fail("it would hang"))
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidiactl").touch()
+    collect(network=False, host=Host(root=tmp_path))
+    assert visible == [False]

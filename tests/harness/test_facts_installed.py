@@ -244,7 +244,7 @@ def test_torchao_minimum_is_what_the_installed_peft_says() -> None:
 def test_import_of_unsloth_judged() -> None:
     assert companions.judge_import(Ran(0, 'noise\n{"error": null}\n')) == (True, None)
     assert companions.judge_import(Ran(0, '{"error": "ImportError: x"}\n')) == (False, "ImportError: x")
-    assert companions.judge_import(Ran(None, "", "", "no answer within 35 s")) == (False, "no answer within 35 s")
+    assert companions.judge_import(Ran(None, "", "", "no answer within 30 s")) == (False, "no answer within 30 s")
     assert companions.judge_import(None) == (None, None)
 
 

@@ -103,6 +103,12 @@ def _torch_refuses(facts: Facts) -> Found:
         )
     if "out of memory" in error.lower():
         return Found(seen, cause="Nothing is left of the GPU's memory for even a small computation.")
+    if "no answer within" in error and "imported" in error:
+        return Found(
+            seen,
+            cause="Importing torch alone took longer than that: a slow or full disk, or a machine that is busy.",
+            fix="time python -c 'import torch'  # and once more, when its files are in the page cache",
+        )
     if "no answer within" in error:
         return Found(seen, cause="The CUDA context is wedged: even a small computation does not come back.")
     return Found(seen)

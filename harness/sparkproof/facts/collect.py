@@ -79,20 +79,24 @@ class _Collector:
         facts = Facts(origin=f"read on {datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}")
         # memory first: the torch probe's own context would be counted
         facts.memory = self.guard("memory", lambda: memory.read_memory(self.host), facts.memory)
-        self.read(facts, ask_network, trials)
+        alone = not (self.host.exists("/dev/nvidiactl") or self.host.exists("/dev/dxg"))
+        self.read(facts, ask_network, trials, packages=trials and alone)
         if trials and facts.gpu is not None and facts.gpu.usable_by_torch:
             self.try_gpu(facts)
+        elif trials and not alone:  # a GPU that torch cannot use may hang whoever touches it
+            self.keep_packages(facts, self.try_packages(visible=False))
         facts.errors = dict(sorted(self.errors.items()))
         return facts
 
-    def read(self, facts: Facts, ask_network: bool, trials: bool) -> None:
-        """Everything but the trials on the GPU. What starts processes or waits goes to threads."""
+    def read(self, facts: Facts, ask_network: bool, trials: bool, packages: bool) -> None:
+        """Everything but the trials on the GPU. What starts processes or waits goes to threads.
+
+        `packages`: also call what is built beside torch, which on a GPU would be counted as somebody's memory.
+        """
         host, guard = self.host, self.guard
         with ThreadPoolExecutor(max_workers=8, thread_name_prefix="facts") as pool:
             torch = pool.submit(guard, "torch", lambda: torch_probe.read_torch(host), torch_probe.TorchAnswer())
-            packages_tried = pool.submit(
-                guard, "packages tried", lambda: tried.read_packages_tried(host) if trials else Tried(), Tried()
-            )
+            beside = pool.submit(self.try_packages) if packages else None
             compiled = pool.submit(guard, "triton", lambda: self.read_triton(trials), (facts.triton, None))
             nvml = pool.submit(guard, "nvml", lambda: nvidia.read_nvml(host), (Driver(), [], None))
             cuda = pool.submit(guard, "cuda driver", lambda: nvidia.read_cuda_driver(host), ([], None))
@@ -121,12 +125,22 @@ class _Collector:
                 facts.hub_cache.token_accepted = guard("hub token use", lambda: hub.token_accepted(host), None)
             facts.ollama, facts.llama_cpp = ollama.result(), llama.result()
             facts.history, facts.fabric = past.result(), fabric.result()
-            facts.tried = packages_tried.result()
             facts.triton, facts.tried.compilation = compiled.result()
+            if beside is not None:
+                self.keep_packages(facts, beside.result())
             answer = torch.result()
         facts.torch, facts.gpus = answer.torch, join(answer.gpus, cuda_gpus, nvml_gpus)
         facts.memory.cuda_free_gib, facts.memory.cuda_total_gib = answer.cuda_free_gib, answer.cuda_total_gib
         facts.wheels.loaded = answer.loaded
+
+    def try_packages(self, visible: bool = True) -> Tried:
+        """Extensions and the 4-bit round trip; with `visible=False` on the CPU whatever there is."""
+        return self.guard("packages tried", lambda: tried.read_packages_tried(self.host, visible), Tried())
+
+    @staticmethod
+    def keep_packages(facts: Facts, said: Tried) -> None:
+        """Write them into the facts."""
+        facts.tried.four_bit, facts.tried.extensions = said.four_bit, said.extensions
 
     def read_triton(self, trials: bool) -> tuple[Triton, Compilation | None]:
         """Its assemblers; and, if it is there, what it compiles with them."""
@@ -169,12 +183,14 @@ class _Collector:
         """The canaries with the machine to themselves; then the slower trials side by side."""
         host, guard, tests = self.host, self.guard, facts.tried
         tests.canaries = guard("canaries under load", lambda: tried.read_canaries(host), None)
-        with ThreadPoolExecutor(max_workers=3, thread_name_prefix="trials") as pool:
+        with ThreadPoolExecutor(max_workers=4, thread_name_prefix="trials") as pool:
+            packages = pool.submit(self.try_packages)
             kernels = pool.submit(guard, "kernels tried", lambda: tried.read_kernels(host), Tried())
             flex = pool.submit(guard, "flex attention compiled", lambda: tried.read_flex(host), [])
             if facts.unsloth.version is not None:
                 ran = pool.submit(guard, "unsloth imported", lambda: companions.import_unsloth(host), None).result()
                 facts.unsloth.imported, facts.unsloth.import_error = companions.judge_import(ran)
+            self.keep_packages(facts, packages.result())
             done = kernels.result()
             rows = [*(done.attention or []), *flex.result()]
         tests.attention = rows or None

@@ -14,7 +14,7 @@ from sparkproof.facts.software import package_folder
 from sparkproof.facts.system import in_container
 
 COMMAND_TIMEOUT_S = 5
-IMPORT_TIMEOUT_S = 35
+IMPORT_TIMEOUT_S = 30
 SCRIPT = "test_unsloth.py"
 FAST_INFERENCE_OFF = "DGX Spark detected"
 ASKS_FOR_UNIFIED_MEMORY = "_any_device_integrated"

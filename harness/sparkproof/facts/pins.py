@@ -40,8 +40,10 @@ def read_pins(host: Host, packages: dict[str, str], nvcc: str | None, folder: Pa
         said = re.search(r"version (\d+\.\d+[\d.]*)", host.run([cmake, "--version"], TOOL_TIMEOUT_S).out)
         pins.cmake = said.group(1) if said else None
     if nvcc:
-        include = host.path(nvcc).resolve().parent.parent / "include"  # nvcc on PATH is often a link
-        pins.cuda_headers = {name: (include / name).exists() for name in HEADERS}
+        # nvcc on PATH is often a link, or a script that calls another
+        homes = [host.path(nvcc).resolve().parent.parent, host.path("/usr/local/cuda")]
+        homes += [Path(host.environ["CUDA_HOME"])] if host.environ.get("CUDA_HOME") else []
+        pins.cuda_headers = {name: any((home / "include" / name).exists() for home in homes) for name in HEADERS}
     return pins
 
 

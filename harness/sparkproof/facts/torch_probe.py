@@ -13,7 +13,7 @@ from typing import Any
 from sparkproof.facts.host import Host
 from sparkproof.facts.model import Gpu, Torch
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 40.0
 
 
 @dataclass

@@ -18,7 +18,7 @@ COMPILE_TIMEOUT_S = 30
 PACKAGES_TIMEOUT_S = 30
 CANARIES_TIMEOUT_S = 25
 KERNELS_TIMEOUT_S = 30
-FLEX_TIMEOUT_S = 35
+FLEX_TIMEOUT_S = 30
 PTXAS_TIMEOUT_S = 10
 # Assembles for the architecture-specific target alone: FP4 conversions are not in plain sm_121.
 FP4_PTX = """.version 8.8
@@ -63,9 +63,10 @@ def read_fp4(host: Host, triton: Triton, target: str | None) -> bool | None:
     return None if ran.code is None else not ran.error
 
 
-def read_packages_tried(host: Host) -> Tried:
-    """Extensions and the 4-bit round trip."""
-    ran = host.run_python("sparkproof.facts.packages_child", PACKAGES_TIMEOUT_S)
+def read_packages_tried(host: Host, visible: bool = True) -> Tried:
+    """Extensions and the 4-bit round trip, on the GPU if one is `visible` to it."""
+    hidden = None if visible else {"CUDA_VISIBLE_DEVICES": ""}
+    ran = host.run_python("sparkproof.facts.packages_child", PACKAGES_TIMEOUT_S, hidden)
     said = merge(ran.out)
     found = Tried(
         four_bit=[FourBit(**f) for f in said.get("four_bit", [])],

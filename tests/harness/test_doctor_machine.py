@@ -1,0 +1,48 @@
+"""The doctor on this very machine: what it may take, what it may touch, and that its answer fits its schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 60  # the promise is 15 without a GPU; tests run beside others, which may hold every core
+
+
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str], float]:
+    """Home, what `sparkproof doctor --json` printed there, and the seconds it took."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "work").mkdir()
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "HF_", "SPARKPROOF_", "XDG_"))}
+    env = {**kept, "HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "sparkproof", "doctor", "--no-network", "--json"]
+    start = time.monotonic()
+    ran = subprocess.run(command, cwd=home / "work", env=env, capture_output=True, text=True, timeout=180)
+    return home, ran, time.monotonic() - start
+
+
+def test_it_ends_in_time_and_judges(answer: tuple[Path, subprocess.CompletedProcess[str], float]) -> None:
+    _, ran, seconds = answer
+    assert ran.returncode in (0, 1), ran.stderr
+    assert seconds < SECONDS
+    document = json.loads(ran.stdout)
+    jsonschema.validate(document, json.loads((ROOT / "reports/schema/doctor-1.json").read_text()))
+    state = {c["check"]: c["state"] for c in document["checks"]}
+    assert document["not_read"] == {}
+    assert state["triton.compile"] == state["triton.ptxas"] == state["wheels.machine"] == "ok"
+    assert state["bitsandbytes.round_trip"] == "ok" and "not read" not in state.values()
+    assert document["exit_code"] == ran.returncode and document["next"]
+
+
+def test_it_writes_nothing_where_the_user_is(answer: tuple[Path, subprocess.CompletedProcess[str], float]) -> None:
+    home, ran, _ = answer
+    assert ran.stderr == ""
+    assert [str(p.relative_to(home)) for p in home.rglob("*")] == ["work"]
