@@ -82,7 +82,7 @@ def round_trip(facts: Facts) -> Answer:
             )
         elif t.relative_error is None or not LOWEST_ERROR < t.relative_error < HIGHEST_ERROR:
             found.append(Found(f"{where}: values come back {t.relative_error} off; NF4 gives about 0.1"))
-        elif t.product_error is None or t.product_error > PRODUCT_ERROR:
+        elif t.product_error is None or not t.product_error <= PRODUCT_ERROR:
             found.append(Found(f"{where}: a layer's product or gradient is {t.product_error} off its own weights"))
     return found or Ok(
         "; ".join(f"on {t.device}: {t.relative_error:.3f} off, its product {t.product_error:.4f}" for t in tried)
