@@ -147,3 +147,28 @@ def test_a_norm_that_does_more_than_its_weight_says_is_called(family, how):
     assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max())
     what = "a norm of a sum" if how == "layer" else "the norms of the heads"
     assert sum(n for why, n in fallbacks().items() if why.startswith(what)) == 1, fallbacks()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("hooked", ["self_attn", "rotary_emb", "layer", "mlp"])
+def test_a_module_with_a_forward_of_its_own_leaves_a_model_that_is_right(family, hooked):
+    theirs, ours = (build(family) for _ in range(2))
+    first = ours.model.layers[0]
+    module = {"rotary_emb": ours.model.rotary_emb, "layer": first}.get(hooked) or getattr(first, hooked)
+    module.forward = module.forward  # as accelerate's hooks do
+    report = patch_model(ours)
+    name = {"rotary_emb": "model.rotary_emb", "layer": "model.layers.0"}.get(hooked, f"model.layers.0.{hooked}")
+    assert "already replaced on the instance" in report.left[name]
+    both = hooked in ("self_attn", "rotary_emb")
+    assert bool(report.counts["rope"]) != both
+    assert len(report.left) == (len(ours.model.layers) + 1 if both else 1)
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]]), "use_cache": False}
+    ids = tokens(1, 12)
+    with torch.no_grad():
+        expected, found = (m(ids, **packed).logits for m in (theirs, ours))
+        texts = [m.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True) for m in (theirs, ours)]
+    assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max())
+    assert torch.equal(*texts)
+    unpatch_model(ours)
+    with torch.no_grad():
+        assert torch.allclose(ours(ids, **packed).logits, expected, atol=1e-5 * expected.abs().max())

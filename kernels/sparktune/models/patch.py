@@ -91,12 +91,27 @@ def patch_model(model: nn.Module) -> PatchReport:
                 else:
                     module.__class__ = rule.target
                     report.patched[rule.op].append(name)
+    _part_with_tables(model, rules, report)
     before = str(_transformers_model(model).config.get_text_config()._attn_implementation)
     report.attention_before = _report_of(model).attention_before if before == attention.NAME else before
     attention.register()
     _set_attention(model, attention.NAME)
     object.__setattr__(model, REPORT_ATTRIBUTE, report)
     return report
+
+
+def _part_with_tables(model: nn.Module, rules: tuple[Rule, ...], report: PatchReport) -> None:
+    """Rotary embeddings hand tables to attention that only ours reads, so where one of either stays, all of both do."""
+    both = ("rope", "lora_qkv")
+    if not any(why.startswith(tuple(f"{op}:" for op in both)) for why in report.left.values()):
+        return
+    patched = {rule.target: rule for rule in rules if rule.op in both}
+    for name, module in model.named_modules():
+        rule = patched.get(type(module))
+        if rule is not None:
+            module.__class__ = rule.source
+            report.patched[rule.op].remove(name)
+            report.left[name] = f"{rule.op}: the rotary embedding, or attention in another layer, stays as it was"
 
 
 def _transformers_model(model: Any) -> Any:
