@@ -40,6 +40,42 @@ def ids():
     return torch.randint(0, 300, (1, 16), generator=torch.Generator().manual_seed(3))
 
 
+def trained_whole(base, **changes):
+    """Embedding and head trained whole beside LoRA, as Unsloth's users ask for continued pretraining."""
+    model, tokenizer = load(base)
+    model = FastLanguageModel.get_peft_model(
+        model, r=2, target_modules=["q_proj", "embed_tokens", "lm_head"], **changes
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name and parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_trained_whole_replace_the_bases(tmp_path, tied):
+    base = export_tiny.save_base(tmp_path / "base", tie_word_embeddings=tied)
+    model, tokenizer = trained_whole(base, ensure_weight_tying=tied)
+    out = model.save_pretrained_merged(tmp_path / "merged", tokenizer)
+    before, after = (load_file(f / "model.safetensors") for f in (base, out))
+    assert after.keys() == before.keys() and ("lm_head.weight" in after) is not tied
+    inner = model.get_base_model()
+    assert torch.equal(after["model.embed_tokens.weight"], inner.get_input_embeddings().weight.bfloat16())
+    assert not torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    with torch.no_grad():
+        stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        assert torch.allclose(stock(ids()).logits, model.eval()(ids()).logits, atol=0.2)
+    assert model.save_pretrained_gguf(tmp_path / "gguf", tokenizer)[0].is_file()
+
+
+def test_a_tied_embedding_trained_apart_from_its_head_is_not_merged(base, tmp_path):
+    model, tokenizer = trained_whole(base)
+    model.save_pretrained_merged(tmp_path / "lora", tokenizer, save_method="lora")
+    with pytest.raises(ExportError, match="ensure_weight_tying=True"):
+        model.save_pretrained_merged(tmp_path / "out", tokenizer)
+
+
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_merged_is_the_16_bit_base_plus_the_adapter(base, tmp_path, four_bit):
     model, tokenizer = trained(base, load_in_4bit=four_bit)

@@ -67,6 +67,11 @@ class Checkpoint:
         return cls(folder, config, shards, shapes)
 
     @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return bool(self.config.get("tie_word_embeddings", False))
+
+    @property
     def parameters(self) -> int:
         """Number of stored parameters; tied ones count once."""
         return sum(math.prod(shape) for shape in self.shapes.values())

@@ -51,7 +51,7 @@ def export_gguf(base: Path, out: Path, qtype: QType, adapter: Path | None = None
     shape = _hyperparameters(checkpoint)
     lora = Adapter.read(adapter) if adapter is not None else None
     if lora is not None:
-        lora.check_fits(set(checkpoint.shapes))
+        lora.check_fits(set(checkpoint.shapes), checkpoint.tied)
         lora.check_trained()
     vocabulary = Vocabulary.read(tokenizer_folder(base, adapter), shape["vocab_size"])
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, shape["layers"])
@@ -145,8 +145,7 @@ def _hyperparameters(checkpoint: Checkpoint) -> dict[str, Any]:
     if kind not in ("default", "linear", "llama3"):
         raise ExportError(f"The model's RoPE scaling is '{kind}'.", "Known: default, linear, llama3.")
     heads = int(config["num_attention_heads"])
-    tied = bool(config.get("tie_word_embeddings", False))
-    if not tied and "lm_head.weight" not in checkpoint.shapes:
+    if not checkpoint.tied and "lm_head.weight" not in checkpoint.shapes:
         raise ExportError("The model stores no lm_head.weight, and its config does not tie it to the embedding.")
     return {
         "context": int(config["max_position_embeddings"]),
@@ -161,7 +160,7 @@ def _hyperparameters(checkpoint: Checkpoint) -> dict[str, Any]:
         "rope_kind": kind,
         "rope": rope,
         "vocab_size": checkpoint.shapes["model.embed_tokens.weight"][0],
-        "tied": tied,
+        "tied": checkpoint.tied,
     }
 
 

@@ -71,7 +71,7 @@ def export_adapter(base: Path, adapter: Path, out: Path, base_name: str = "") ->
     """Copy the adapter with the tokenizer it needs; `base_name` (a hub id) replaces a path of this machine."""
     start = time.monotonic()
     checkpoint, lora = Checkpoint.open(base), Adapter.read(adapter)
-    lora.check_fits(set(checkpoint.shapes))
+    lora.check_fits(set(checkpoint.shapes), checkpoint.tied)
     lora.check_trained()
     need_space(out, (adapter / WEIGHTS).stat().st_size)
     with atomic_folder(out) as part:
@@ -82,7 +82,7 @@ def export_adapter(base: Path, adapter: Path, out: Path, base_name: str = "") ->
         _write_json(part / CONFIG, config)
         _copy(tokenizer_folder(base, adapter), part, TOKENIZER_FILES)
         _copy(base, part, OTHER_FILES[1:])
-    pairs = [t for pair in lora.pairs.values() for t in pair]
+    pairs = [t for pair in lora.pairs.values() for t in pair] + list(lora.whole.values())
     return _exported(out, len(pairs), 0, sum(t.numel() for t in pairs), start)
 
 
@@ -94,7 +94,7 @@ def export_merged(base: Path, adapter: Path, out: Path, dtype: torch.dtype | Non
     """
     start = time.monotonic()
     checkpoint, lora = Checkpoint.open(base), Adapter.read(adapter)
-    lora.check_fits(set(checkpoint.shapes))
+    lora.check_fits(set(checkpoint.shapes), checkpoint.tied)
     lora.check_trained()
     stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
     target = dtype or (torch.float16 if stored == "float16" else torch.bfloat16)

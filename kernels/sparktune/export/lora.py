@@ -3,8 +3,9 @@
 A is (r, in), B is (out, r), W is (out, in); the product and the sum are done in fp32 and rounded once, by whoever
 writes the result. r is read from A itself; alpha from `adapter_config.json`, with its per-module `alpha_pattern`.
 
-Only plain LoRA on linear layers is merged here. What changes the arithmetic (DoRA, LoRA biases, trained embeddings,
-extra modules) is refused by name: a merge that leaves a part out gives a model that nobody trained.
+Modules that were trained whole (`modules_to_save`: embeddings and head, usually) replace the base's. Beyond that only plain
+LoRA on linear layers is merged here. What changes the arithmetic (DoRA, LoRA biases) is refused by name: a merge that
+leaves a part out gives a model that nobody trained.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Adapter:
     folder: Path
     config: dict[str, Any]
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]  # module -> (A, B), fp32
+    whole: dict[str, torch.Tensor] = field(default_factory=dict)  # tensor of modules_to_save -> its value, fp32
     used: set[str] = field(default_factory=set)
 
     @classmethod
@@ -48,19 +50,29 @@ class Adapter:
             raise ExportError(f"{folder} has no readable PEFT adapter ({error}).", fix) from error
         _refuse_unsupported(config)
         halves: dict[str, dict[str, torch.Tensor]] = {}
+        whole: dict[str, torch.Tensor] = {}
+        saved = set(config.get("modules_to_save") or [])
+        tied = {"lm_head", "embed_tokens"} if saved and config.get("ensure_weight_tying") else set()  # PEFT writes both
         for name, tensor in tensors.items():
             match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name.removeprefix(PREFIX))
-            if not match:
+            owners = {m for m in saved | tied if f".{name}".rpartition(".")[0].endswith(f".{m}")}
+            if not match and not owners:
                 raise ExportError(f"The adapter holds {name}, which is not a plain LoRA matrix.", PEFT_FIX)
             if not torch.isfinite(tensor).all():
                 raise ExportError(f"The adapter's {name} is not finite.", "Train again: this run diverged.")
-            halves.setdefault(match[1], {})[match[2]] = tensor.float()
+            if match:
+                halves.setdefault(match[1], {})[match[2]] = tensor.float()
+            else:
+                whole[name.removeprefix(PREFIX)] = tensor.float()
+        for module in saved:
+            if not any(f".{name}".rpartition(".")[0].endswith(f".{module}") for name in whole):
+                raise ExportError(f"The adapter says modules_to_save={module} and does not hold it.", fix)
         for module, pair in halves.items():
             if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
                 raise ExportError(f"The adapter's A and B of {module} don't belong together.", fix)
         if not halves:
             raise ExportError(f"The adapter in {folder} holds no LoRA matrices.", fix)
-        return cls(folder, config, {module: (pair["A"], pair["B"]) for module, pair in halves.items()})
+        return cls(folder, config, {module: (pair["A"], pair["B"]) for module, pair in halves.items()}, whole)
 
     def scale(self, module: str) -> float:
         """alpha / r of one module, or alpha / sqrt(r) with rsLoRA."""
@@ -73,7 +85,15 @@ class Adapter:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """`weight` in fp32 with its update, if it has one; otherwise as it came."""
+        """`weight` in fp32 with its update, or what replaces it, if it has one; otherwise as it came."""
+        if name in self.whole:
+            if weight.shape != self.whole[name].shape:
+                raise ExportError(
+                    f"The adapter's {name} is {list(self.whole[name].shape)}, the base's {list(weight.shape)}.",
+                    "Give the base model that the adapter was trained on; added tokens are not merged here.",
+                )
+            self.used.add(name)
+            return self.whole[name]
         module = name.removesuffix(".weight")
         if module not in self.pairs:
             return weight
@@ -87,9 +107,21 @@ class Adapter:
         self.used.add(module)
         return torch.addmm(weight.float(), b, a, alpha=self.scale(module))
 
-    def check_fits(self, names: set[str]) -> None:
-        """Raise ExportError unless every module of the adapter is a weight of the base."""
-        lost = sorted(m for m in self.pairs if f"{m}.weight" not in names)
+    def check_fits(self, names: set[str], tied: bool) -> None:
+        """Raise ExportError unless every module of the adapter is a weight of the base, whose head may be `tied`.
+
+        A tied model stores its embedding alone, so a head that was trained whole is dropped here if it is the same.
+        """
+        head, embedding = "lm_head.weight", [n for n in self.whole if n.endswith("embed_tokens.weight")]
+        if tied and (head in self.whole or embedding):
+            if not (head in self.whole and embedding and torch.equal(self.whole[head], self.whole[embedding[0]])):
+                raise ExportError(
+                    "The base ties its head to its embedding, and the adapter trained them apart.",
+                    "Train with get_peft_model(ensure_weight_tying=True), which keeps them one.",
+                )
+            if head not in names:
+                del self.whole[head]
+        lost = sorted({m for m in self.pairs if f"{m}.weight" not in names} | {n for n in self.whole if n not in names})
         if lost:
             raise ExportError(
                 f"The adapter trains {lost[0]}, which the base model does not store"
@@ -99,12 +131,12 @@ class Adapter:
 
     def check_trained(self) -> None:
         """Raise ExportError while B is zero everywhere, as LoRA starts: the export would be the base model."""
-        if not any(b.any() for _, b in self.pairs.values()):
+        if not self.whole and not any(b.any() for _, b in self.pairs.values()):
             raise ExportError("The adapter's B matrices are all zero: nothing was trained.", "Train before exporting.")
 
     def check_used(self) -> None:
         """Raise ExportError if an update was never applied: a guard against a merge that forgets."""
-        lost = sorted(set(self.pairs) - self.used)
+        lost = sorted((set(self.pairs) | set(self.whole)) - self.used)
         if lost:
             raise ExportError(f"{len(lost)} updates of the adapter were never merged, {lost[0]} first.")
 
@@ -115,7 +147,7 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
         raise ExportError(f"The adapter is of type {kind}; only LORA can be merged here.", PEFT_FIX)
     unusual = [
         key
-        for key in ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
+        for key in ("use_dora", "lora_bias", "fan_in_fan_out", "trainable_token_indices",
                     "target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config", "megatron_config",
                     "layer_replication")
         if config.get(key)
