@@ -8,6 +8,7 @@ into the same pool.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,15 +65,11 @@ def load(
     whole = request if base is None else replace(request, name=base[0], revision=base[1])
     model = load_base(whole)
     model.max_seq_length = usable_length(length, model.config)
-    remember(
-        model,
-        Origin(
-            base=whole.name,
-            revision=whole.revision,
-            hub={k: v for k, v in request.hub.items() if k != "force_download"},
-            full_finetuning=full_finetuning,
-        ),
-    )
+    hub = {k: v for k, v in request.hub.items() if k != "force_download"}
+    origin = Origin(whole.name, whole.revision, hub, full_finetuning)
+    remember(model, origin)
+    if request.device.type == "cuda" and torch.cuda.get_device_properties(request.device).is_integrated:
+        drop_pages(origin.folder())
     patch(model)
     if base is not None:
         model = load_adapter(model, request)
@@ -84,6 +81,18 @@ def load(
     attach(model)
     register(is_loaded)
     return model, load_tokenizer(request, whole, model.max_seq_length, fix_tokenizer)
+
+
+def drop_pages(folder: Path) -> int:
+    """Let the kernel forget the files of weights that were read; return how many.
+
+    Where CPU and GPU share memory, what the page cache holds of them counts as taken from the GPU.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with open(file, "rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return len(files)
 
 
 def adapter_base(request: Request) -> tuple[str, str | None] | None:
