@@ -172,3 +172,21 @@ def test_a_module_with_a_forward_of_its_own_leaves_a_model_that_is_right(family,
     unpatch_model(ours)
     with torch.no_grad():
         assert torch.allclose(ours(ids, **packed).logits, expected, atol=1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi4-mini"])
+def test_under_autocast_nothing_falls_back_and_the_residual_stays_fp32(family):
+    theirs, ours = twins(family)
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    exact, exact_grads = step(theirs, **batch)
+    dtypes = []
+    for layer in ours.get_base_model().model.layers:
+        layer.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        (_, grads), (found, own) = (step(m, **batch) for m in (theirs, ours))
+    assert dtypes == [torch.float32] * 2
+    assert found == pytest.approx(exact.item(), rel=3e-3)
+    for name, grad in exact_grads.items():
+        norm = grad.norm()
+        assert (own[name] - grad).norm() / norm <= 2 * (grads[name] - grad).norm() / norm + 8e-3, name
+    assert fallbacks() == {}

@@ -211,10 +211,9 @@ def summed_norm(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]
     """(norm(s), s) for s = residual + x, in one pass where the norm lets it."""
     try:
         fit_norm(norm)
-        if x.dtype != residual.dtype:
-            raise Unfit(f"{x.dtype} is added to {residual.dtype}")
     except Unfit as why:
         note_fallback("a norm of a sum", why)
         total = residual + x
         return norm(total), total
-    return add_rms_norm(x, residual, norm.weight, norm.eps_value, norm.ORDER)
+    dtype = torch.promote_types(x.dtype, residual.dtype)  # autocast adds bf16 to fp32
+    return add_rms_norm(x.to(dtype), residual.to(dtype), norm.weight, norm.eps_value, norm.ORDER)
