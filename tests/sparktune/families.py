@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +23,15 @@ GEMMA3: dict[str, Any] = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
     },
+}  # fmt: skip
+LATENT: dict[str, Any] = {  # what configurations of latent attention have instead
+    "head_dim": 8, "num_key_value_heads": 4, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+}  # fmt: skip
+YARN: dict[str, Any] = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "original_max_position_embeddings": 32,
 }  # fmt: skip
 # family -> (configuration class, what differs from COMMON)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,8 +93,40 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "SmolLM3Config",
         {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 7},
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 40, "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention"], "attention_bias": True,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
+    "deepseek_v2-lite": ("DeepseekV2Config", {**LATENT, "q_lora_rank": None, "v_head_dim": 12, "n_shared_experts": 2}),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            **LATENT, "q_lora_rank": 20, "v_head_dim": 20, "n_shared_experts": 1, "topk_method": "group_limited_greedy",
+            "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7},
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **LATENT, "q_lora_rank": 20, "v_head_dim": 16, "n_shared_experts": 1, "n_group": 4, "topk_group": 2,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True,
+            "num_hidden_layers": 3, "mlp_only_layers": [1], "sliding_window": 9, "use_sliding_window": True,
+        },
+    ),
 }  # fmt: skip
 TARGETS = "all-linear"
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def build(family: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -94,13 +137,64 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     for parameter in model.parameters():  # norms at 1 and biases at 0 would hide a wrong one
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias.copy_(torch.randn(module.num_experts) * 0.2)
+        if hasattr(module, "limit"):
+            module.limit = 2.5  # such that some gates and ups are beyond it
     return model.to(dtype).eval()
 
 
+def routers(model: Any) -> list[Any]:
+    """The modules that choose experts, in order."""
+    return [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
+
+
+@contextlib.contextmanager
+def choices(model: Any) -> Iterator[list[torch.Tensor]]:
+    """The experts that each router chooses within, sorted, in the order of calls."""
+    found: list[torch.Tensor] = []
+    hooks = [r.register_forward_hook(lambda m, i, out: found.append(out[-1].sort().values)) for r in routers(model)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def routed_alike(*models: Any, batch: int = 6, length: int = 16) -> torch.Tensor:
+    """Ids [batch, length] for which all models, of whatever dtypes, choose the same experts for every token.
+
+    Where a rounding error makes another choice, models are no nearer to each other than two that differ; how near a
+    dtype's arithmetic comes to the truth can be told only where the choice is the same. Rows don't see each other, so
+    rows that are routed alike make a batch that is. Dense models get the first rows.
+    """
+    rows: list[torch.Tensor] = []
+    for seed in range(3, 200):
+        row = tokens(1, length, seed=seed)
+        if _alike(models, row) and _alike(models, torch.cat((*rows, row))):
+            rows.append(row)
+        if len(rows) == batch:
+            return torch.cat(rows)
+    raise AssertionError("no batch is routed alike")
+
+
+def _alike(models: tuple[Any, ...], ids: torch.Tensor) -> bool:
+    found = []
+    for model in models:
+        with choices(model) as chosen, torch.no_grad():
+            model(ids, use_cache=False)
+        found.append(chosen)
+    return all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
 def with_lora(model: Any, **options: Any) -> Any:
-    """LoRA around every linear layer but the head, with B that is not zero."""
+    """LoRA around every linear layer but the head, and on experts where there are any, with B that is not zero."""
     torch.manual_seed(1)
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "init_lora_weights": False, **options}
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "init_lora_weights": False}
+    if routers(model):
+        settings["target_parameters"] = EXPERTS
+    settings |= options
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
 
 

@@ -29,31 +29,43 @@ def refuse_layer(module: Any) -> str:
 
 def pre_norm_family(
     *, causal: type[nn.Module], backbone: type[nn.Module], layer: type[nn.Module], attention: type[nn.Module],
-    mlp: type[nn.Module], norm: type[nn.Module], rotary: type[nn.Module], head_mixin: type = CausalLM,
+    mlp: type[nn.Module] | None, norm: type[nn.Module], rotary: type[nn.Module], head_mixin: type = CausalLM,
     layer_mixin: type = PreNormLayer, order: str = "llama", eps: str = "variance_epsilon", qk_norm: str = "",
     window: str = "", softcap: str = "", activation: str = "silu", activation_name: str = "act_fn",
-    merged_qkv: str = "", merged_mlp: str = "",
+    merged_qkv: str = "", merged_mlp: str = "", attention_mixin: type = parts.Attention, norm_mixin: type = parts.Norm,
+    rotary_mixin: type = parts.Rotary,
 ) -> tuple[Rule, ...]:  # fmt: skip
     """Llama, and what differs from it in a few known ways.
 
     What is done with the logits (`head_mixin`), what a layer adds up (`layer_mixin`), the norms' rounding order and their
     attribute with epsilon, norms over each head of q and k (`qk_norm`: their order), where the window is (`window`:
     "config", or the attention module itself), the attention's attribute with the scores' cap, the MLP's activation and
-    its attribute, the names of merged projections.
+    its attribute, the names of merged projections; attention, norm and rotary embedding of its own; no dense MLP.
     """
+    dense = (
+        ()
+        if mlp is None
+        else (
+            rule(
+                "lora_mlp",
+                mlp,
+                parts.Mlp,
+                parts.refuse_mlp(activation, activation_name),
+                ACTIVATION=activation,
+                MERGED=merged_mlp,
+            ),
+        )
+    )
     return (
         rule("linear_cross_entropy", causal, head_mixin),
         rule("documents", backbone, Backbone),
         rule("add_rms_norm", layer, layer_mixin, refuse_layer),
         rule(
-            "lora_qkv", attention, parts.Attention, QK_NORM=qk_norm, WINDOW=window, SOFTCAP=softcap,
+            "lora_qkv", attention, attention_mixin, QK_NORM=qk_norm, WINDOW=window, SOFTCAP=softcap,
             MERGED=merged_qkv,
         ),
-        rule(
-            "lora_mlp", mlp, parts.Mlp, parts.refuse_mlp(activation, activation_name), ACTIVATION=activation,
-            MERGED=merged_mlp,
-        ),
-        rule("rms_norm", norm, parts.Norm, refuse_norm, ORDER=order, EPS=eps),
-        rule("rope", rotary, parts.Rotary),
+        *dense,
+        rule("rms_norm", norm, norm_mixin, refuse_norm, ORDER=order, EPS=eps),
+        rule("rope", rotary, rotary_mixin),
         LINEAR_4BIT,
     )  # fmt: skip

@@ -15,7 +15,25 @@ from sparktune.models.projection import Unfit, note_fallback
 from sparktune.ops import dispatch
 
 
-class PreNormLayer:
+class OpByOpLayer:
+    """A layer that normalises what goes into attention and MLP; the second norm takes the residual sum with it.
+
+    y = x1 + mlp(norm2(x1)), x1 = x + attention(norm1(x)): each an op, whatever attention and MLP are made of.
+    """
+
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """hidden_states [B, S, K] -> the same."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        normed, total = parts.summed_norm(attended, hidden_states, self.post_attention_layernorm)
+        return total + self.fed(normed)  # type: ignore[no-any-return]
+
+    def fed(self: Any, x: Tensor) -> Tensor:
+        """What the MLP makes of x [B, S, K]."""
+        found: Tensor = self.mlp(x)
+        return found
+
+
+class PreNormLayer(OpByOpLayer):
     """A layer that normalises what goes into attention and MLP: y = x1 + mlp(norm2(x1)), x1 = x + attention(norm1(x)).
 
     Where kernels run and nothing is cached or compiled, it is one autograd Function that decides itself what it keeps, so
@@ -41,9 +59,7 @@ class PreNormLayer:
             call = Call(whole, (batch, length), tables, kwargs.get("documents"), keep)
             y: Tensor = DecoderLayer.apply(hidden_states.reshape(-1, width), call, *whole.trained)
             return y.view(hidden_states.shape)
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        normed, total = parts.summed_norm(attended, hidden_states, self.post_attention_layernorm)
-        return total + self.mlp(normed)  # type: ignore[no-any-return]
+        return super().forward(hidden_states, **kwargs)
 
     def whole(self: Any, hidden: Any, kwargs: dict[str, Any]) -> LayerParts | None:
         """The layer's parts, if one Function can run it now; a reason that lies in the layer itself is counted."""

@@ -40,7 +40,13 @@ class Norm:
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return rms_norm(hidden_states, self.weight, self.eps_value, variant=self.ORDER)
+        return rms_norm(hidden_states, self.gain, self.eps_value, variant=self.ORDER)
+
+    @property
+    def gain(self: Any) -> Tensor:
+        """The weight as the op of this order takes it."""
+        weight: Tensor = self.weight
+        return weight
 
     @property
     def eps_value(self: Any) -> float:
@@ -54,21 +60,28 @@ class Rotary:
     transformers rounds cos and sin to the activations' dtype; in fp32 the turn is nearer to the true one.
     """
 
+    REPEATS = 2  # how often transformers' tables hold each angle
+
     def forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Tables:
         """x [B, S, ...] (for its device) and position_ids [B or 1, S] -> tables."""
         probe = torch.empty(0, dtype=torch.float32, device=x.device)
         cos, sin = super().forward(probe, position_ids, *args, **kwargs)  # type: ignore[misc]
-        half = cos.shape[-1] // 2
-        cos, sin = (t.flatten(0, 1)[:, :half].float().contiguous() for t in (cos, sin))
-        if position_ids.shape[0] == 1:
-            return cos, sin, None
-        return cos, sin, torch.arange(cos.shape[0], device=cos.device).view(position_ids.shape)
+        half = cos.shape[-1] // self.REPEATS
+        return as_tables(cos[..., :half], sin[..., :half], position_ids)
 
 
-def spread(tables: Tables, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Tables as transformers' own attention wants them: cos and sin [B or 1, S, R] in `dtype`."""
+def as_tables(cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tables:
+    """cos and sin [B or 1, S, R/2] of position_ids [B or 1, S] as tables."""
+    cos, sin = (t.flatten(0, 1).float().contiguous() for t in (cos, sin))
+    if position_ids.shape[0] == 1:
+        return cos, sin, None
+    return cos, sin, torch.arange(cos.shape[0], device=cos.device).view(position_ids.shape)
+
+
+def spread(tables: Tables, dtype: torch.dtype, repeats: int = 2) -> tuple[Tensor, Tensor]:
+    """Tables as transformers' own attention wants them: cos and sin [B or 1, S, R] in `dtype`, R / 2 without repeats."""
     *both, at = tables
-    cos, sin = (torch.cat((t, t), -1).to(dtype) for t in both)
+    cos, sin = (torch.cat((t,) * repeats, -1).to(dtype) for t in both)
     return (cos[None], sin[None]) if at is None else (cos[at], sin[at])
 
 
@@ -78,6 +91,7 @@ class Attention:
     QK_NORM = ""  # the rounding order of norms over each head of q and k, where the family has them
     MERGED = ""  # the name of a projection that makes q, k and v at once
     SOFTCAP = ""  # the attribute with the cap of the scores, where the family has one
+    REPEATS = 2  # how often transformers' tables hold each angle
     WINDOW = ""  # where `sliding_window` is: the module itself, or its "config"
 
     def forward(
@@ -86,7 +100,7 @@ class Attention:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """hidden_states [B, S, K] -> ([B, S, K], None)."""
         if past_key_values is not None:
-            tables = None if position_embeddings is None else spread(position_embeddings, hidden_states.dtype)
+            tables = position_embeddings and spread(position_embeddings, hidden_states.dtype, self.REPEATS)
             found: tuple[Tensor, Tensor | None] = super().forward(  # type: ignore[misc]
                 hidden_states, position_embeddings=tables, attention_mask=attention_mask, past_key_values=past_key_values,
                 documents=documents, **kwargs,
@@ -216,4 +230,4 @@ def summed_norm(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]
         total = residual + x
         return norm(total), total
     dtype = torch.promote_types(x.dtype, residual.dtype)  # autocast adds bf16 to fp32
-    return add_rms_norm(x.to(dtype), residual.to(dtype), norm.weight, norm.eps_value, norm.ORDER)
+    return add_rms_norm(x.to(dtype), residual.to(dtype), norm.gain, norm.eps_value, norm.ORDER)

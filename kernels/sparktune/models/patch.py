@@ -27,6 +27,7 @@ FAMILIES = {
     for name, file in {
         "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
         "gemma3": "gemma3", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "granite": "granite",
+        "qwen3_moe": "qwen3_moe", "gpt_oss": "gpt_oss", "deepseek_v2": "deepseek_v2", "deepseek_v3": "deepseek_v3",
     }.items()
 }  # fmt: skip
 REPORT_ATTRIBUTE = "_sparktune_patch_report"
@@ -90,6 +91,7 @@ def patch_model(model: nn.Module) -> PatchReport:
                     report.left[name] = f"{rule.op}: {reason}"
                 else:
                     module.__class__ = rule.target
+                    _keep_outputs(module)
                     report.patched[rule.op].append(name)
     _part_with_tables(model, rules, report)
     before = str(_transformers_model(model).config.get_text_config()._attn_implementation)
@@ -112,6 +114,15 @@ def _part_with_tables(model: nn.Module, rules: tuple[Rule, ...], report: PatchRe
             module.__class__ = rule.source
             report.patched[rule.op].remove(name)
             report.left[name] = f"{rule.op}: the rotary embedding, or attention in another layer, stays as it was"
+
+
+def _keep_outputs(module: nn.Module) -> None:
+    """transformers knows by a model's class what `output_hidden_states` and its like can record; else it is None."""
+    from transformers.utils import output_capturing
+
+    recorded = getattr(module, "_can_record_outputs", None)
+    if recorded is not None:
+        output_capturing._CAN_RECORD_REGISTRY[str(type(module))] = recorded
 
 
 def _transformers_model(model: Any) -> Any:

@@ -44,12 +44,17 @@ class Weight:
                     "bitsandbytes quantises when a module is moved to its device"
                 )
             return cls(weight.detach(), (weight.shape[0], weight.shape[1]))
+        n, k = state.shape
+        return cls.of_state(weight, state, (n, k))
+
+    @classmethod
+    def of_state(cls, codes: Tensor, state: Any, shape: tuple[int, int]) -> Weight:
+        """From codes and the bitsandbytes `QuantState` that goes with them, as a matrix [N, K]."""
         nested = None
         if state.state2 is not None:
             nested = Nested(state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
-        n, k = state.shape
         absmax = state.absmax if nested else state.absmax.float()
-        return cls(fourbit.as_bytes(weight.detach()), (n, k), absmax, nested, state.blocksize, state.quant_type)
+        return cls(fourbit.as_bytes(codes.detach()), shape, absmax, nested, state.blocksize, state.quant_type)
 
     @property
     def quantized(self) -> bool:
