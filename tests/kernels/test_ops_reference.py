@@ -8,6 +8,7 @@ import pytest
 import torch
 from sparktune.ops import dequantize_4bit, dispatch, load_op, op_names, rms_norm, swiglu
 from sparktune.ops.device import INTERPRETER, SPARK, DeviceProperties
+from sparktune.ops.row_config import RowConfig
 from sparktune.ops.spec import Mutant
 
 
@@ -103,9 +104,9 @@ def test_every_width_gets_a_configuration_that_the_gate_compiled(props, n):
         (launch.kernel.split("_")[0], launch.constexprs["BLOCK"], launch.constexprs["SINGLE"], launch.num_warps)
         for launch in rms_norm.OP.launches(SPARK)
     }
-    for backward in (False, True):
-        c = rms_norm.Config.choose(4096, n, props, backward)
-        assert ("backward" if backward else "forward", c.block, c.single, c.num_warps) in gate
+    for sums, kernel in ((False, "forward"), (False, "backward"), (True, "backward")):
+        c = RowConfig.choose(4096, n, props, sums)
+        assert (kernel, c.block, c.single, c.num_warps) in gate
         assert not c.single or c.block >= n
 
 

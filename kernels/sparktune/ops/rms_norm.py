@@ -31,7 +31,7 @@ LlamaRMSNorm and Gemma3RMSNorm in transformers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,7 @@ from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
 from sparktune.ops.fused import Fused
 from sparktune.ops.numerics import cast
+from sparktune.ops.row_config import RowConfig
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
 
 VARIANTS = ("llama", "gemma")
@@ -159,29 +160,6 @@ def backward_kernel(
         tl.store(dw_ptr + program * n + cols, dw, mask=cols < n)
 
 
-@dataclass(frozen=True)
-class Config:
-    """How one pass is launched."""
-
-    block: int  # columns a block, a power of two
-    single: bool  # the whole row in one block
-    num_warps: int
-    programs: int
-
-    BLOCKS = ((1024, 4), (4096, 8), (8192, 16))  # (columns, warps): at most 32 fp32 values a thread for each operand
-
-    @classmethod
-    def choose(cls, m: int, n: int, p: DeviceProperties, backward: bool) -> Config:
-        """The smallest block that takes a whole row, else 4096-wide steps.
-
-        Forward has a program for every row. Backward has as many as can be resident at once, since each leaves a row of
-        partial sums behind that must be read again.
-        """
-        block, warps = next(((b, w) for b, w in cls.BLOCKS if n <= b), cls.BLOCKS[1])
-        resident = p.sm_count * max(1, p.threads_per_sm // (32 * warps))
-        return cls(block, n <= block, warps, min(m, resident) if backward else m)
-
-
 def _forward(x: Tensor, weight: Tensor, eps: float, variant: str, room: int) -> tuple[Tensor, Tensor]:
     """(y, r)."""
     gemma, n = variant == "gemma", x.shape[-1]
@@ -191,7 +169,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float, variant: str, room: int) -> 
     r = torch.empty(m, dtype=torch.float32, device=x.device)
     if m:
         flat = dispatch.rows(x)
-        c = Config.choose(m, n, DeviceProperties.of(x.device), backward=False)
+        c = RowConfig.choose(m, n, DeviceProperties.of(x.device))
         dispatch.launch(
             forward_kernel, c.programs, x, flat, weight.contiguous(), y, r, n, flat.stride(0), n + room, eps,
             GEMMA=gemma, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
@@ -209,14 +187,13 @@ def _backward(
     if m == 0:
         return dx, torch.zeros_like(weight)
     flat, dy = dispatch.rows(x), dispatch.rows(dy)
-    c = Config.choose(m, n, DeviceProperties.of(x.device), backward=True)
+    c = RowConfig.choose(m, n, DeviceProperties.of(x.device), sums=need_dw)
     # Wide rows add to their partial sums in memory, so those begin at zero.
     make = torch.empty if c.single else torch.zeros
     partial = make((c.programs, n) if need_dw else (1,), dtype=torch.float32, device=x.device)
-    rows_each = triton.cdiv(m, c.programs)
     dispatch.launch(
         backward_kernel, c.programs, x, dy, flat, weight.contiguous(), r, dx, partial, m, n, dy.stride(0),
-        flat.stride(0), rows_each,
+        flat.stride(0), c.rows_each,
         GEMMA=variant == "gemma", NEED_DW=need_dw, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype) if need_dw else torch.empty_like(weight)
@@ -296,27 +273,27 @@ def _permuted(call: Any, t: Tensors, p: Problem) -> tuple[torch.Tensor, torch.Te
 
 
 def _launches(p: DeviceProperties) -> list[Launch]:
-    """Every block of the table, and the wide row, for each dtype, variant and need of a weight gradient."""
+    """Every width in bf16, in both orders; the other dtypes at the widest row that stays in registers."""
+    cases = [(n, torch.bfloat16, variant) for n in RowConfig.WIDTHS for variant in VARIANTS]
+    cases += [(8192, torch.float32, "gemma"), (8192, torch.float16, "llama")]
     found = []
-    for n in (*(b for b, _ in Config.BLOCKS), Config.BLOCKS[-1][0] + 1):
-        for dtype in FLOATS:
-            ptr = f"*{TRITON_TYPES[dtype]}"
-            for variant in VARIANTS:
-                for need_dw in (None, False, True):
-                    c = Config.choose(2**20, n, p, backward=need_dw is not None)
-                    flags = {"GEMMA": variant == "gemma", "SINGLE": c.single, "BLOCK": c.block}
-                    if need_dw is None:
-                        name, where = "forward_kernel", "forward"
-                        args = dict(x_ptr=ptr, w_ptr=ptr, y_ptr=ptr, r_ptr="*fp32", n="i32")
-                        args |= dict(x_stride="i32", y_stride="i32", eps="fp32")
-                    else:
-                        name, where = "backward_kernel", "backward" + (", weight trained" if need_dw else "")
-                        args = dict(dy_ptr=ptr, x_ptr=ptr, w_ptr=ptr, r_ptr="*fp32", dx_ptr=ptr, dw_ptr="*fp32")
-                        args |= dict(m="i32", n="i32", dy_stride="i32", x_stride="i32", rows_each="i32")
-                        flags["NEED_DW"] = need_dw
-                    when = f"{where}, {'up to' if c.single else 'over'} {min(n, Config.BLOCKS[-1][0])} columns"
-                    args |= dict.fromkeys(flags, "constexpr")
-                    found.append(Launch(when, name, args, flags, c.num_warps, 3, TRITON_TYPES[dtype], variant))
+    for n, dtype, variant in cases:
+        ptr = f"*{TRITON_TYPES[dtype]}"
+        for need_dw in (None, False, True) if n != 8193 else (None, False):  # as at 8192 where it is trained
+            c = RowConfig.choose(2**20, n, p, sums=bool(need_dw))
+            flags = {"GEMMA": variant == "gemma", "SINGLE": c.single, "BLOCK": c.block}
+            if need_dw is None:
+                name, where = "forward_kernel", "forward"
+                args = dict(x_ptr=ptr, w_ptr=ptr, y_ptr=ptr, r_ptr="*fp32", n="i32")
+                args |= dict(x_stride="i32", y_stride="i32", eps="fp32")
+            else:
+                name, where = "backward_kernel", "backward" + (", weight trained" if need_dw else "")
+                args = dict(dy_ptr=ptr, x_ptr=ptr, w_ptr=ptr, r_ptr="*fp32", dx_ptr=ptr, dw_ptr="*fp32")
+                args |= dict(m="i32", n="i32", dy_stride="i32", x_stride="i32", rows_each="i32")
+                flags["NEED_DW"] = need_dw
+            when = f"{where}, {'up to' if n <= 8192 else 'over'} {min(n, 8192)} columns"
+            args |= dict.fromkeys(flags, "constexpr")
+            found.append(Launch(when, name, args, flags, c.num_warps, 3, TRITON_TYPES[dtype], variant))
     return found
 
 
