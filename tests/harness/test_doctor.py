@@ -18,6 +18,7 @@ from sparkproof.errors import UserError
 from sparkproof.facts.collect import load
 from sparkproof.facts.model import Facts
 from sparkproof.facts.toolchain import Bitsandbytes
+from sparkproof.report.verdict import NOT_FOR_TARGET
 from sparkproof.results import ReasonClass, Verdict
 from sparkproof.runners.base import Context
 from sparkproof.runners.environment import run
@@ -287,3 +288,11 @@ def test_every_topic_runs_on_every_recording(topic: str, tmp_path: Path) -> None
         result = run(case(topic), context(load(path), tmp_path))
         assert result.verdict in (Verdict.PASSED, Verdict.FAILED, Verdict.SKIPPED), f"{path.name}: {result.reason}"
         assert bool(result.next_step) or result.verdict is Verdict.PASSED
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+@pytest.mark.parametrize("name", ["gb10_healthy", "gb10_two_sparks", "n1x_healthy"])
+def test_what_is_optional_keeps_no_spark_from_being_validated(topic: str, name: str, tmp_path: Path) -> None:
+    """A Spark without Unsloth, Ollama or a second Spark lacks nothing that a profile requires."""
+    result = run(case(topic), context(load(recorded(name)), tmp_path))
+    assert result.verdict is Verdict.PASSED or result.reason_class in NOT_FOR_TARGET

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from sparkproof.facts.host import Host, Ran
+from sparkproof.facts.host import Host, Ran, scratch_caches
 from sparkproof.facts.hub import cache_path
 from sparkproof.facts.installed import LlamaCpp, Ollama, Place, Script, Unsloth
 from sparkproof.facts.software import package_folder
@@ -36,7 +36,8 @@ def read_unsloth(packages: dict[str, str]) -> Unsloth:
 
 def import_unsloth(host: Host) -> Ran:
     """`import unsloth` in a process and a folder of its own, since it writes into the working folder."""
-    return host.run_python("sparkproof.facts.unsloth_child", IMPORT_TIMEOUT_S)
+    with scratch_caches() as caches:
+        return host.run_python("sparkproof.facts.unsloth_child", IMPORT_TIMEOUT_S, caches)
 
 
 def judge_import(ran: Ran | None) -> tuple[bool | None, str | None]:

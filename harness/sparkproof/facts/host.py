@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -94,9 +94,24 @@ class Host:
     def run_python(
         self, module: str, timeout_s: float, env: Mapping[str, str] | None = None, args: Sequence[str] = ()
     ) -> Ran:
-        """Run a module of this package in a fresh Python with this one's import path."""
-        path = os.pathsep.join(p for p in sys.path if p)
-        return self.run([sys.executable, "-m", module, *args], timeout_s, {"PYTHONPATH": path, **(env or {})})
+        """Run a module of this package in a fresh Python with this one's import path.
+
+        What it imports leaves no byte code behind, and its GPU code no entry in the driver's cache.
+        """
+        kept = {
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "CUDA_CACHE_DISABLE": "1",
+        }
+        return self.run([sys.executable, "-m", module, *args], timeout_s, {**kept, **(env or {})})
+
+
+@contextlib.contextmanager
+def scratch_caches() -> Iterator[dict[str, str]]:
+    """Variables that give a child empty caches of its own: nothing warm hides a failure, nothing is left behind."""
+    with tempfile.TemporaryDirectory(prefix="sparkproof-") as folder:
+        names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
+        yield {name: f"{folder}/{name.lower()}" for name in names}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sparkproof.facts.host import Host
+from sparkproof.facts.host import Host, scratch_caches
 from sparkproof.facts.toolchain import Triton
 from sparkproof.facts.tried import Attention, Canaries, Compilation, Extension, FourBit, SharedMemory, Tried
 
@@ -65,8 +65,9 @@ def read_fp4(host: Host, triton: Triton, target: str | None) -> bool | None:
 
 def read_packages_tried(host: Host, visible: bool = True) -> Tried:
     """Extensions and the 4-bit round trip, on the GPU if one is `visible` to it."""
-    hidden = None if visible else {"CUDA_VISIBLE_DEVICES": ""}
-    ran = host.run_python("sparkproof.facts.packages_child", PACKAGES_TIMEOUT_S, hidden)
+    hidden = {} if visible else {"CUDA_VISIBLE_DEVICES": ""}
+    with scratch_caches() as caches:
+        ran = host.run_python("sparkproof.facts.packages_child", PACKAGES_TIMEOUT_S, caches | hidden)
     said = merge(ran.out)
     found = Tried(
         four_bit=[FourBit(**f) for f in said.get("four_bit", [])],
@@ -86,7 +87,8 @@ def read_packages_tried(host: Host, visible: bool = True) -> Tried:
 
 def read_canaries(host: Host) -> Canaries:
     """Alone on the machine: whoever calls this waits for everything else first."""
-    ran = host.run_python("sparkproof.facts.gpu_child", CANARIES_TIMEOUT_S, args=("canaries",))
+    with scratch_caches() as caches:
+        ran = host.run_python("sparkproof.facts.gpu_child", CANARIES_TIMEOUT_S, caches, ("canaries",))
     said = merge(ran.out)
     found = Canaries(**said.get("canaries", {}))
     if not said.get("done"):
@@ -96,7 +98,8 @@ def read_canaries(host: Host) -> Canaries:
 
 def read_kernels(host: Host) -> Tried:
     """Shared memory, attention backends and a convolution; a child that died names the one it died in."""
-    ran = host.run_python("sparkproof.facts.gpu_child", KERNELS_TIMEOUT_S, args=("kernels",))
+    with scratch_caches() as caches:
+        ran = host.run_python("sparkproof.facts.gpu_child", KERNELS_TIMEOUT_S, caches, ("kernels",))
     said = merge(ran.out)
     rows = said.get("attention")
     shared = said.get("shared_memory")
@@ -123,8 +126,7 @@ def read_kernels(host: Host) -> Tried:
 
 def read_flex(host: Host) -> list[Attention]:
     """flex_attention with empty caches, compiled anew."""
-    with tempfile.TemporaryDirectory() as folder:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+    with scratch_caches() as caches:
         ran = host.run_python("sparkproof.facts.gpu_child", FLEX_TIMEOUT_S, caches, ("flex",))
     said = merge(ran.out)
     if said.get("done"):
