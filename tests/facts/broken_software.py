@@ -114,7 +114,7 @@ SOFTWARE: dict[str, tuple[str, str, dict[str, Any]]] = {
         {
             "wheels.cuda": [
                 {
-                    "package": "flash_attn_2_cuda.so",
+                    "package": "flash-attn",
                     "file": "flash_attn_2_cuda.so",
                     "needs": ["libcudart.so.12"],
                 },
@@ -122,7 +122,7 @@ SOFTWARE: dict[str, tuple[str, str, dict[str, Any]]] = {
             ],
             "wheels.foreign": [
                 {
-                    "package": "selective_scan_cuda.so",
+                    "package": "mamba-ssm",
                     "file": "selective_scan_cuda.so",
                     "machine": "x86_64",
                 }

@@ -22,6 +22,12 @@ def test_cuda_12_that_can_be_loaded_is_a_warning() -> None:
     assert one("wheels.cuda", facts).severity == "error"
 
 
+def test_the_fix_is_one_for_each_package() -> None:
+    found = [library("libcudart.so.12", package="flash-attn"), library("libcudart.so.12", package="thing")]
+    fix = one("wheels.cuda", change("gb10_healthy", wheels__cuda=found)).fix
+    assert fix.startswith("pip uninstall flash-attn && pip install --force-reinstall --no-deps thing --index-url")
+
+
 def test_cuda_12_beside_a_torch_for_cuda_12_is_right() -> None:
     facts = change("gb10_healthy", wheels__cuda=[library("libcudart.so.12")], torch__cuda="12.8", wheels__loaded=[])
     assert quiet("wheels.cuda", facts).state == "ok"

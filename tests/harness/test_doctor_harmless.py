@@ -76,8 +76,8 @@ def test_probes_need_no_root_and_name_no_dangerous_tool(path: Path) -> None:
 
 
 def test_trials_allocate_a_bounded_amount() -> None:
-    from sparkproof.facts import gpu_child
+    from sparkproof.facts import canaries_child
 
-    two_copies, matrix = 2 * gpu_child.COPY_BYTES, 2 * gpu_child.GEMV_SHAPE[0] * gpu_child.GEMV_SHAPE[1]
-    products = 3 * 2 * gpu_child.GEMM_SIZE**2
-    assert (two_copies + matrix + products) / 2**30 < gpu_child.NEEDED_GIB < 2
+    two_copies, matrix = 2 * canaries_child.COPY_BYTES, 2 * canaries_child.GEMV_SHAPE[0] * canaries_child.GEMV_SHAPE[1]
+    products = 3 * 2 * canaries_child.GEMM_SIZE**2
+    assert (two_copies + matrix + products) / 2**30 < canaries_child.NEEDED_GIB < 2

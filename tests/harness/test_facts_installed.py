@@ -104,6 +104,19 @@ def test_cuda_libraries_by_package(tmp_path: Path, aarch64: None) -> None:
     assert found.cuda_majors_present == [12]
 
 
+def test_a_library_is_named_by_the_distribution_it_came_with(
+    tmp_path: Path, aarch64: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"flash_attn_2_cuda": ["flash-attn"]}
+    monkeypatch.setattr(wheels.importlib.metadata, "packages_distributions", lambda: names)
+    site = tmp_path / "site-packages"
+    elf(site / "flash_attn_2_cuda.cpython-312-aarch64-linux-gnu.so", 183, ["libcudart.so.12"])
+    elf(site / "own_thing.cpython-312-x86_64-linux-gnu.so", 62, [])
+    found = wheels.read_wheels(FakeHost(tmp_path), [site])
+    assert found.cuda[0].package == "flash-attn"
+    assert found.foreign[0].package.startswith("own_thing"), "of no distribution"
+
+
 def test_the_toolkits_runtime_counts(tmp_path: Path) -> None:
     put(tmp_path, "/usr/local/cuda-13.0/lib64/libcudart.so.13")
     put(tmp_path, "/usr/local/cuda-12.9/targets/sbsa-linux/lib/libcudart.so.12.9.79")

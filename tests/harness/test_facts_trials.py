@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from sparkproof.facts import companions, compile_child, gpu_child, packages_child, trials
+from sparkproof.facts.child import WORST
 from sparkproof.facts.host import Host, Ran
 from sparkproof.facts.toolchain import Triton
 
@@ -242,7 +243,7 @@ def test_refusals_and_nans(on_cpu: None) -> None:
     rows = gpu_child.Case(torch, 64, torch.float32).rows(refuse)
     assert [r["refused"] for r in rows] == ["RuntimeError: No available kernel. Aborting execution."] * 2
     nan = gpu_child.Case(torch, 64, torch.float32).rows(lambda q, k, v: sdpa(q, k, v) * math.nan)
-    assert nan[0]["error"] == gpu_child.WORST and json.loads(json.dumps(nan)) == nan
+    assert nan[0]["error"] == WORST and json.loads(json.dumps(nan)) == nan
 
 
 def test_the_whole_matrix_of_backends(on_cpu: None, monkeypatch: Patch, capsys: Capture) -> None:
@@ -333,87 +334,6 @@ def test_flex_runs_compiled_with_heads_of_256(on_cpu: None, monkeypatch: Patch) 
     assert all(r["error"] < 0.02 for r in rows)
 
 
-# --- canaries
-
-
-class Event:
-    """A CUDA event by which everything takes two milliseconds."""
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None: ...
-
-    def elapsed_time(self, other: Event) -> float:
-        return 2.0
-
-
-class Nvml:
-    """As much of pynvml as the sensors ask."""
-
-    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
-
-    def nvmlInit(self) -> None: ...
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        return uuid
-
-    def nvmlDeviceGetClockInfo(self, handle: str, which: int) -> int:
-        assert handle == "GPU-0001"
-        return 2405
-
-    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
-        raise RuntimeError("Not Supported")
-
-    def nvmlDeviceGetTemperature(self, handle: str, which: int) -> int:
-        return 62
-
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:
-        return 0x1 | 0x20
-
-
-@pytest.fixture
-def device(monkeypatch: Patch) -> None:
-    gib = 2**30
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (100 * gib, 120 * gib))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid="0001"))
-    monkeypatch.setitem(sys.modules, "pynvml", Nvml())  # type: ignore[arg-type]
-    for name in ("empty", "ones"):
-        real = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, real=real, device=None, **k: real(*a, **k))
-    monkeypatch.setattr(gpu_child, "COPY_BYTES", 2**16)
-    monkeypatch.setattr(gpu_child, "GEMV_SHAPE", (64, 128))
-    monkeypatch.setattr(gpu_child, "GEMM_SIZE", 16)
-    monkeypatch.setattr(gpu_child, "LOAD_S", 0.05)
-
-
-def test_canaries_count_bytes_and_operations(device: None, capsys: Capture) -> None:
-    gpu_child.canaries(torch)
-    found = trials.merge(capsys.readouterr().out)["canaries"]
-    assert found["copy_gb_s"] == round(2 * 2**16 / 2e-3 / 1e9, 1)
-    assert found["gemv_gb_s"] == round(64 * 128 * 2 / 2e-3 / 1e9, 1)
-    assert found["gemm_tflops"] == round(2 * 16**3 * 50 / 2e-3 / 1e12, 1), "fifty products between two events"
-    assert found["load_clock_mhz"] == 2405 and found["load_temperature_c"] == 62
-    assert found["load_throttle_reasons"] == ["software thermal slowdown"] and "load_power_w" not in found
-
-
-def test_canaries_keep_away_from_the_floor(device: None, monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(gpu_child, "available_gib", lambda: 17.0)
-    monkeypatch.setattr(gpu_child, "default_floor_gib", lambda: 16.0)
-    monkeypatch.setattr(gpu_child, "copy_rate", lambda t: pytest.fail("nothing may be allocated"))
-    gpu_child.canaries(torch)
-    assert "above the floor" in trials.merge(capsys.readouterr().out)["canaries"]["error"]
-
-
-def test_canaries_that_hang_say_where() -> None:
-    said = {"canaries": {"copy_gb_s": 187.0}, "stage": "it loaded the GPU"}
-    found = trials.read_canaries(Scripted(said, error="no answer within 25 s"))
-    assert found.copy_gb_s == 187.0
-    assert found.error == "the trial stopped while it loaded the GPU: no answer within 25 s"
-
-
 # --- children that die
 
 
@@ -489,3 +409,10 @@ def test_children_leave_no_byte_code_and_no_entry_in_the_drivers_cache(monkeypat
     monkeypatch.setattr(Host, "run", lambda self, argv, timeout_s, env=None: seen.append(env) or Ran(0))
     Host().run_python("x", 1)
     assert seen[0]["PYTHONDONTWRITEBYTECODE"] == seen[0]["CUDA_CACHE_DISABLE"] == "1"
+
+
+def test_canaries_that_hang_say_where() -> None:
+    said = {"canaries": {"copy_gb_s": 187.0}, "stage": "it loaded the GPU"}
+    found = trials.read_canaries(Scripted(said, error="no answer within 25 s"))
+    assert found.copy_gb_s == 187.0
+    assert found.error == "the trial stopped while it loaded the GPU: no answer within 25 s"

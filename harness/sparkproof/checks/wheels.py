@@ -124,5 +124,9 @@ def _listed(libraries: list[Library], facts: Facts) -> str:
 
 
 def _reinstall(libraries: list[Library], major: int) -> str:
-    names = " ".join(dict.fromkeys(x.package for x in libraries))
-    return f"pip install --force-reinstall --no-deps {names} --index-url https://download.pytorch.org/whl/cu{major}0"
+    """One line: what is known of a package, else its wheel for this CUDA version from PyTorch's index."""
+    names = list(dict.fromkeys(x.package for x in libraries))
+    known = [LORE.no_arm_wheel[n].partition("  #")[0] for n in names if n in LORE.no_arm_wheel]
+    rest = " ".join(n for n in names if n not in LORE.no_arm_wheel)
+    index = f"--index-url https://download.pytorch.org/whl/cu{major}0"
+    return " && ".join([*known, *([f"pip install --force-reinstall --no-deps {rest} {index}"] if rest else [])])

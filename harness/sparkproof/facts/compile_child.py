@@ -11,16 +11,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import os
 import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import triton
 import triton.language as tl
+
+from sparkproof.facts.child import say
 
 VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 FAILING = """#!/bin/sh
@@ -34,11 +34,6 @@ def scale(x_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n)
     tl.store(x_ptr + at, x * 2.0, mask=at < n)
-
-
-def say(**facts: Any) -> None:
-    """One line of facts."""
-    print(json.dumps(facts), flush=True)
 
 
 def build(cache: Path) -> tuple[str, str | None, float]:

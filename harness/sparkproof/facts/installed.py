@@ -10,7 +10,7 @@ from sparkproof.results import Strict
 class Library(Strict):
     """A native library of an installed distribution that does not suit this machine."""
 
-    package: str
+    package: str = Field(description="Distribution it came with, else the top-level name.")
     file: str = Field(description="Path within the import path.")
     machine: str | None = Field(default=None, description="Architecture it was built for, where it is not this one's.")
     needs: list[str] = Field(default_factory=list, description="CUDA libraries it needs, such as 'libcudart.so.12'.")

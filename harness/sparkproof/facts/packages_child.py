@@ -9,30 +9,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 from collections.abc import Callable
 from typing import Any
 
-WORST = 9999.0
+from sparkproof.facts.child import reason, relative, say
+
 SIZE = 256  # rows and columns of the matrix that is quantised
-
-
-def say(**facts: Any) -> None:
-    """One line of facts."""
-    print(json.dumps(facts), flush=True)
-
-
-def reason(e: BaseException) -> str:
-    """The exception in one line."""
-    text = str(e).strip()
-    return f"{type(e).__name__}: {text.splitlines()[0][:400] if text else ''}"
-
-
-def relative(got: Any, want: Any) -> float:
-    """Relative L2 distance in float64, at most WORST: JSON has neither NaN nor infinity."""
-    got, want = got.detach().double().cpu(), want.detach().double().cpu()
-    error = float((got - want).norm() / want.norm())
-    return error if error < WORST else WORST
 
 
 def torchvision(torch: Any, device: str) -> None:
@@ -169,6 +151,9 @@ def main() -> None:
     extensions(torch, device)
     if importlib.util.find_spec("bitsandbytes") is not None:
         say(stage="it quantised to 4 bits and back")
+        # bitsandbytes hands its plain-torch fallbacks to torch.compile while it is imported, which loads Inductor: 4 of 6
+        # seconds. What is tried here are its own libraries.
+        vars(torch)["compile"] = lambda model=None, **options: (lambda f: f) if model is None else model
         say(four_bit=[four_bit(torch, device)])
     say(done=True)
 

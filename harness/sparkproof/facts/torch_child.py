@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
+from sparkproof.facts.child import say
+
 GIB = 2.0**30
 CUDA_LIBRARY = re.compile(r"/lib(cudart|cudnn|cublas|cublasLt|nvrtc|cuda)[\w-]*\.so")
-
-
-def say(**facts: Any) -> None:
-    """One line of facts, flushed, so that it survives what comes next."""
-    print(json.dumps(facts), flush=True)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Starts the trials of `compile_child`, `packages_child` and `gpu_child`, each in a process of its own, bounded.
+"""Starts the trials of the children beside this module, each in a process of its own and bounded in time.
 
 What a child said before it crashed or hung still counts; how it ended is then written into the part it was at.
 """
@@ -88,7 +88,7 @@ def read_packages_tried(host: Host, visible: bool = True) -> Tried:
 def read_canaries(host: Host) -> Canaries:
     """Alone on the machine: whoever calls this waits for everything else first."""
     with scratch_caches() as caches:
-        ran = host.run_python("sparkproof.facts.gpu_child", CANARIES_TIMEOUT_S, caches, ("canaries",))
+        ran = host.run_python("sparkproof.facts.canaries_child", CANARIES_TIMEOUT_S, caches)
     said = merge(ran.out)
     found = Canaries(**said.get("canaries", {}))
     if not said.get("done"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -43,6 +44,11 @@ def read_wheels(host: Host, folders: list[Path] | None = None) -> Wheels:
         if needs and package != "nvidia" and not VERSIONED.search(path.name):
             needing.setdefault((package, needs), Library(package=package, file=str(inside), needs=list(needs)))
     found.cuda = [needing[key] for key in sorted(needing)]
+    if found.cuda or found.foreign:
+        distributions = importlib.metadata.packages_distributions()
+        for library in (*found.cuda, *found.foreign):
+            # what pip calls it: flash_attn_2_cuda.cpython-312-aarch64-linux-gnu.so came with flash-attn
+            library.package = next(iter(distributions.get(library.package.partition(".")[0], [])), library.package)
     found.cuda_majors_present = runtimes(host, roots)
     return found
 

@@ -1,0 +1,84 @@
+"""The canaries' arithmetic, with a device by which everything takes two milliseconds."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from sparkproof.facts import canaries_child, trials
+
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+
+
+class Event:
+    """A CUDA event by which everything takes two milliseconds."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None: ...
+
+    def elapsed_time(self, other: Event) -> float:
+        return 2.0
+
+
+class Nvml:
+    """As much of pynvml as the sensors ask."""
+
+    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        return uuid
+
+    def nvmlDeviceGetClockInfo(self, handle: str, which: int) -> int:
+        assert handle == "GPU-0001"
+        return 2405
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
+        raise RuntimeError("Not Supported")
+
+    def nvmlDeviceGetTemperature(self, handle: str, which: int) -> int:
+        return 62
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:
+        return 0x1 | 0x20
+
+
+@pytest.fixture
+def device(monkeypatch: Patch) -> None:
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (100 * gib, 120 * gib))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid="0001"))
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())  # type: ignore[arg-type]
+    for name in ("empty", "ones"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, real=real, device=None, **k: real(*a, **k))
+    monkeypatch.setattr(canaries_child, "COPY_BYTES", 2**16)
+    monkeypatch.setattr(canaries_child, "GEMV_SHAPE", (64, 128))
+    monkeypatch.setattr(canaries_child, "GEMM_SIZE", 16)
+    monkeypatch.setattr(canaries_child, "LOAD_S", 0.05)
+
+
+def test_canaries_count_bytes_and_operations(device: None, capsys: Capture) -> None:
+    canaries_child.canaries(torch)
+    found = trials.merge(capsys.readouterr().out)["canaries"]
+    assert found["copy_gb_s"] == round(2 * 2**16 / 2e-3 / 1e9, 1)
+    assert found["gemv_gb_s"] == round(64 * 128 * 2 / 2e-3 / 1e9, 1)
+    assert found["gemm_tflops"] == round(2 * 16**3 * 50 / 2e-3 / 1e12, 1), "fifty products between two events"
+    assert found["load_clock_mhz"] == 2405 and found["load_temperature_c"] == 62
+    assert found["load_throttle_reasons"] == ["software thermal slowdown"] and "load_power_w" not in found
+
+
+def test_canaries_keep_away_from_the_floor(device: None, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(canaries_child, "available_gib", lambda: 17.0)
+    monkeypatch.setattr(canaries_child, "default_floor_gib", lambda: 16.0)
+    monkeypatch.setattr(canaries_child, "copy_rate", lambda t: pytest.fail("nothing may be allocated"))
+    canaries_child.canaries(torch)
+    assert "above the floor" in trials.merge(capsys.readouterr().out)["canaries"]["error"]
