@@ -132,6 +132,8 @@ def test_four_bits_are_the_default_and_full_finetuning_switches_them_off(base):
         ({"resize_model_vocab": 600}, "resize_token_embeddings"),
         ({"attn_implementation": "eager"}, "sparktune's own: leave it out"),
         ({"fast_inference": True}, "serve it with vLLM"),
+        ({"float32_mixed_precision": True}, "dtype=torch.float32"),
+        ({"random_state": 1}, "give it to get_peft_model"),
         ({"offload_embedding": True}, "frees nothing"),
         ({"dtype": torch.float64}, "torch.bfloat16"),
         ({"dtype": "int8"}, "torch.bfloat16"),

@@ -5,6 +5,7 @@ from itertools import chain
 import export_tiny
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from sparktune import FastLanguageModel
 from sparktune.optim import AdamW8bit, adamw8bit
 from torch import nn
@@ -90,6 +91,19 @@ def test_four_micro_batches_are_the_big_batch(base, tmp_path, checkpoint):
     assert ended[1][0] == pytest.approx(ended[0][0], rel=1e-4)
     for name, wanted in ended[0][1].items():
         assert torch.allclose(ended[1][1][name], wanted, rtol=1e-3, atol=2e-5), name
+
+
+def test_label_smoothing_shifts_the_labels_as_for_a_stock_model(base, tmp_path):
+    """Trainer decides by the class's name whether labels are to be shifted."""
+    ours = lora(base)
+    stock = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=16, target_modules=export_tiny.TARGETS),
+    )
+    stock.load_state_dict({n: p for n, p in ours.state_dict().items() if "lora_" in n}, strict=False)
+    settings = {"label_smoothing_factor": 0.1, "per_device_train_batch_size": 4, "max_steps": 2}
+    runs = [losses(train(model, tmp_path, **settings)) for model in (ours, stock)]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
 
 
 def test_the_count_of_items_normalises_the_loss(base):

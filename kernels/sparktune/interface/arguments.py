@@ -22,6 +22,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (None,),
         "set rope_parameters in the checkpoint's config.json, which every later load and export reads",
     ),
+    "float32_mixed_precision": (
+        (None, False),
+        "use dtype=torch.float32, and the trainer's bf16=True to compute in bf16",
+    ),
+    "random_state": ((3407,), "loading draws no random numbers: give it to get_peft_model"),
     "offload_embedding": ((False,), "nothing is offloaded: on a GPU that shares the host's memory it frees nothing"),
     "fast_inference": ((False,), _VLLM),
     "gpu_memory_utilization": ((0.5, 0.6, None), _VLLM),
