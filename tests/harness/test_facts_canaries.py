@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from sparkproof.facts import canaries_child, trials
+from sparkproof.facts.host import Ran
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
@@ -60,18 +61,18 @@ def device(monkeypatch: Patch) -> None:
     for name in ("empty", "ones"):
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, real=real, device=None, **k: real(*a, **k))
-    monkeypatch.setattr(canaries_child, "COPY_BYTES", 2**16)
-    monkeypatch.setattr(canaries_child, "GEMV_SHAPE", (64, 128))
-    monkeypatch.setattr(canaries_child, "GEMM_SIZE", 16)
+    monkeypatch.setattr(canaries_child, "COPY_BYTES", 2**22)
+    monkeypatch.setattr(canaries_child, "GEMV_SHAPE", (1024, 2048))
+    monkeypatch.setattr(canaries_child, "GEMM_SIZE", 256)
     monkeypatch.setattr(canaries_child, "LOAD_S", 0.05)
 
 
 def test_canaries_count_bytes_and_operations(device: None, capsys: Capture) -> None:
     canaries_child.canaries(torch)
     found = trials.merge(capsys.readouterr().out)["canaries"]
-    assert found["copy_gb_s"] == round(2 * 2**16 / 2e-3 / 1e9, 1)
-    assert found["gemv_gb_s"] == round(64 * 128 * 2 / 2e-3 / 1e9, 1)
-    assert found["gemm_tflops"] == round(2 * 16**3 * 50 / 2e-3 / 1e12, 1), "fifty products between two events"
+    assert found["copy_gb_s"] == round(2 * 2**22 / 2e-3 / 1e9, 1) == 4.2
+    assert found["gemv_gb_s"] == round(1024 * 2048 * 2 / 2e-3 / 1e9, 1) == 2.1
+    assert found["gemm_tflops"] == 0.8, "fifty products between two events"
     assert found["load_clock_mhz"] == 2405 and found["load_temperature_c"] == 62
     assert found["load_throttle_reasons"] == ["software thermal slowdown"] and "load_power_w" not in found
 
@@ -82,3 +83,11 @@ def test_canaries_keep_away_from_the_floor(device: None, monkeypatch: Patch, cap
     monkeypatch.setattr(canaries_child, "copy_rate", lambda t: pytest.fail("nothing may be allocated"))
     canaries_child.canaries(torch)
     assert "above the floor" in trials.merge(capsys.readouterr().out)["canaries"]["error"]
+
+
+def test_the_child_from_end_to_end(device: None, capsys: Capture) -> None:
+    canaries_child.main()
+    ran = Ran(0, capsys.readouterr().out)
+    host = types.SimpleNamespace(run_python=lambda *a, **k: ran)
+    found = trials.read_canaries(host)  # type: ignore[arg-type]
+    assert found.error is None and found.load_clock_mhz == 2405 and found.gemm_tflops and found.load_s

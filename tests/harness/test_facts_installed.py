@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sparkproof.facts import companions, history, hub, pins, wheels
 from sparkproof.facts.elf import Elf, read_elf
 from sparkproof.facts.host import Ran
@@ -66,6 +68,19 @@ def test_what_is_no_library_is_none(tmp_path: Path) -> None:
     torn.write_bytes(whole[:100])
     assert read_elf(torn) is None
     assert read_elf(tmp_path / "absent.so") is None
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_headers_are_no_harm(tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(elf(tmp_path / "x.so", 183, ["libcudart.so.12"]).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.sampled_from([*range(18, 64), *range(64, 176), *range(0x400, 0x440)]))
+        content[at] = data.draw(st.integers(0, 255))
+    path = tmp_path / "damaged.so"
+    path.write_bytes(bytes(content[: data.draw(st.sampled_from([len(content), 0x410, 100, 20]))]))
+    found = read_elf(path)
+    assert found is None or isinstance(found, Elf)
 
 
 # --- wheels
@@ -382,6 +397,14 @@ def test_kernel_log_by_dmesg(tmp_path: Path) -> None:
         tmp_path, commands={"dmesg": Ran(1, "", "x", "Operation not permitted")}, programs={"dmesg": "dmesg"}
     )
     assert history.read_history(denied).memory_errors is None
+
+
+def test_a_program_in_the_working_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, "/llama.cpp/build/bin/llama-server")
+    monkeypatch.setattr(FakeHost, "run", lambda *a, **k: pytest.fail("it may be anything"))
+    found = companions.read_llama_cpp(FakeHost(tmp_path))
+    assert found.path and found.path.endswith("llama.cpp/build/bin/llama-server") and found.cuda is None
 
 
 def test_llama_cpp_whose_backends_lie_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

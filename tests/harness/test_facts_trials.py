@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from sparkproof.checks.registry import evaluate
 from sparkproof.facts import companions, compile_child, gpu_child, packages_child, trials
 from sparkproof.facts.child import WORST
 from sparkproof.facts.host import Host, Ran
 from sparkproof.facts.toolchain import Triton
+from test_checks_logic import change
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
@@ -416,3 +418,78 @@ def test_canaries_that_hang_say_where() -> None:
     found = trials.read_canaries(Scripted(said, error="no answer within 25 s"))
     assert found.copy_gb_s == 187.0
     assert found.error == "the trial stopped while it loaded the GPU: no answer within 25 s"
+
+
+# --- whole children on the CPU, read by the parent: what one says the other must take
+
+
+class Said(Scripted):
+    """A host whose child said this text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ran = Ran(0, text)
+
+
+def test_the_kernels_child_from_end_to_end(on_cpu: None, monkeypatch: Patch, capsys: Capture) -> None:
+    shared(monkeypatch, Pipeline())
+    monkeypatch.setattr(gpu_child, "HEAD_SIZES", (64,))
+    gpu_child.main("kernels")
+    found = trials.read_kernels(Said(capsys.readouterr().out))
+    assert found.convolution is True and found.shared_memory is not None and found.shared_memory.alive_after
+    assert found.attention is not None and len(found.attention) == 24
+    assert {r.backend for r in found.attention if r.error is not None} >= {"math"}
+    facts = change("gb10_healthy")
+    facts.tried = found
+    assert evaluate("gpu.shared_memory_limit", facts).state == "ok"
+    assert all("off by" not in f.evidence for f in evaluate("attention.backends", facts).findings)
+
+
+def test_the_kernels_child_without_the_property_says_so(on_cpu: None, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace())
+    monkeypatch.setattr(gpu_child, "HEAD_SIZES", ())
+    gpu_child.main("kernels")
+    found = trials.read_kernels(Said(capsys.readouterr().out))
+    assert found.shared_memory is not None and "does not tell" in (found.shared_memory.error or "")
+
+
+def test_the_flex_child_from_end_to_end(on_cpu: None, monkeypatch: Patch, capsys: Capture) -> None:
+    module: Any = types.ModuleType("flex")
+    module.create_block_mask = lambda *a, **k: "mask"
+    module.flex_attention = lambda q, k, v, block_mask: sdpa(q, k, v)
+    monkeypatch.setattr(gpu_child.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    gpu_child.main("flex")
+    assert [r.error is not None for r in trials.read_flex(Said(capsys.readouterr().out))] == [True, True]
+
+    def too_large(q: Any, k: Any, v: Any, block_mask: Any) -> Any:
+        raise OutOfResources("No valid triton configs.\nout of resource: Required: 114688 Hardware limit: 101376")
+
+    module.flex_attention = too_large
+    gpu_child.main("flex")
+    refused = trials.read_flex(Said(capsys.readouterr().out))
+    assert all("Required: 114688 Hardware limit: 101376" in (r.refused or "") for r in refused)
+    del module.create_block_mask
+    gpu_child.main("flex")
+    assert "AttributeError" in (trials.read_flex(Said(capsys.readouterr().out))[0].refused or "")
+
+
+def test_the_real_flex_attention_takes_this_mask_and_is_right(on_cpu: None) -> None:
+    """The mask and the call fit the real flex_attention, uncompiled and on the CPU."""
+    module = gpu_child.importlib.import_module("torch.nn.attention.flex_attention")
+    size = gpu_child.LENGTH
+    mask = module.create_block_mask(lambda b, h, q, k: q >= k, None, None, size, size, device="cpu")
+    case = gpu_child.Case(torch, 64, torch.float32)
+    case.inputs = [t.requires_grad_(False) for t in case.inputs]
+    with torch.no_grad():
+        y = module.flex_attention(*case.inputs, block_mask=mask)
+    assert gpu_child.relative(y, case.want) < 1e-5
+
+
+def test_the_packages_child_from_end_to_end(monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setitem(vars(torch), "compile", torch.compile)  # put back after the child's own change
+    ops = types.SimpleNamespace(nms=lambda boxes, scores, bound: torch.tensor([0, 2]))
+    install(monkeypatch, "torchvision", "0.27.0", ops=ops)
+    packages_child.main()
+    found = trials.read_packages_tried(Said(capsys.readouterr().out))
+    assert found.extensions[0].error is None and found.four_bit[0].parameter == "Params4bit"

@@ -113,19 +113,24 @@ def read_places(host: Host) -> list[Place]:
 
 
 def read_llama_cpp(host: Host) -> LlamaCpp:
-    """A llama.cpp on PATH, where Unsloth builds it, or in the working folder; and whether it can use the GPU."""
-    found = [Path(p) for name in LLAMA_PROGRAMS if (p := host.which(name))]
+    """A llama.cpp on PATH, where Unsloth builds it, or in the working folder; and whether it can use the GPU.
+
+    Only a program on PATH is run: what lies in a folder is looked at alone.
+    """
+    found = on_path = [Path(p) for name in LLAMA_PROGRAMS if (p := host.which(name))]
     places = [Path(host.environ.get("HOME", "/root")) / ".unsloth" / "llama.cpp", Path.cwd() / "llama.cpp"]
     for folder in (d for place in places for d in (place, place / "build" / "bin")):
-        found += [folder / name for name in LLAMA_PROGRAMS if (folder / name).is_file()]
+        found = found + [folder / name for name in LLAMA_PROGRAMS if (folder / name).is_file()]
     if not found:
         return LlamaCpp()
     program = found[0].resolve()
     near = (program.parent, program.parent.parent, program.parent.parent / "lib")
     if any(next(d.glob("libggml-cuda*"), None) for d in near if d.is_dir()):
         return LlamaCpp(path=str(program), cuda=True)
-    ran = host.run([str(program), "--list-devices"], COMMAND_TIMEOUT_S)
-    said = ran.out + ran.err
+    said = ""
+    if on_path:
+        ran = host.run([str(program), "--list-devices"], COMMAND_TIMEOUT_S)
+        said = ran.out + ran.err
     if "vailable devices" in said:
         return LlamaCpp(path=str(program), cuda="CUDA" in said)
     # a program without that option, beside the libraries of a build with its backends apart, and none for CUDA

@@ -14,6 +14,7 @@ MACHINES = {3: "x86", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 PT_LOAD, PT_DYNAMIC = 1, 2
 DT_NULL, DT_NEEDED, DT_STRTAB = 0, 1, 5
 LONGEST_NAME = 256
+MOST_ENTRIES = 10_000  # a damaged size must not be walked to its end
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def read_elf(path: Path) -> Elf | None:
     try:
         with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(data)
-    except (OSError, ValueError, struct.error):
+    except (OSError, ValueError, OverflowError, struct.error):
         return None
 
 
@@ -50,7 +51,7 @@ def _parse(data: mmap.mmap) -> Elf | None:
 
 def _needed(data: mmap.mmap, place: int, length: int, loads: list[tuple[int, int, int]]) -> tuple[str, ...]:
     names, table = [], None
-    for at in range(place, place + length, 16):
+    for at in range(place, place + min(length, 16 * MOST_ENTRIES), 16):
         tag, value = struct.unpack_from("<qQ", data, at)
         if tag == DT_NULL:
             break

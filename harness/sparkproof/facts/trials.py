@@ -15,7 +15,7 @@ from sparkproof.facts.toolchain import Triton
 from sparkproof.facts.tried import Attention, Canaries, Compilation, Extension, FourBit, SharedMemory, Tried
 
 COMPILE_TIMEOUT_S = 30
-PACKAGES_TIMEOUT_S = 30
+PACKAGES_TIMEOUT_S = 40
 CANARIES_TIMEOUT_S = 25
 KERNELS_TIMEOUT_S = 30
 FLEX_TIMEOUT_S = 30
