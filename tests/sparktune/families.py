@@ -96,7 +96,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": (
         "GptOssConfig",
         {
-            "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 40, "sliding_window": 9,
+            "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": 9,
             "layer_types": ["sliding_attention", "full_attention"], "attention_bias": True,
             "rope_parameters": {**YARN, "truncate": False},
         },

@@ -25,9 +25,11 @@ from sparktune.models import attention
 from sparktune.models.patch import FAMILIES
 from sparktune.optim.trainer import register
 from sparktune.quant.cpu_repack import assert_layout, keep_layout
+from sparktune.quant.experts import as_plain, quantise_experts, stacks_of
 
 LOG = logging.getLogger("sparktune")
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "force_download")
+BITSANDBYTES, MXFP4 = "bitsandbytes", "mxfp4"  # as `quant_method` says in config.json
 MODEL_ARGUMENTS = ("attn_implementation",)
 _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|vision_pad|>", "<|pad|>", "<pad>", "[PAD]")
 
@@ -112,7 +114,7 @@ def adapter_base(request: Request) -> tuple[str, str | None] | None:
 
 def load_base(request: Request) -> Any:
     """The causal language model of a full checkpoint. Errors: ValueError for a stored format that can't be trained."""
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Mxfp4Config
 
     keep_layout()
     remote = {"trust_remote_code": request.trust_remote_code}
@@ -124,8 +126,18 @@ def load_base(request: Request) -> Any:
             f"attn_implementation={chosen!r} is not supported for the family '{config.model_type}', whose attention is "
             "sparktune's own: leave it out."
         )
-    quantization = None
-    if request.four_bit and not stored:
+    quantization: Any = None
+    if stored == MXFP4:
+        quantization = Mxfp4Config(dequantize=True)
+        LOG.warning(
+            "%s holds its experts in MXFP4, which has no gradients: they are dequantised to 16 bits, which is exact and takes "
+            "four times the memory%s.",
+            request.name,
+            ", then stored as NF4, which rounds them again: load_in_4bit=False keeps them exact"
+            if request.four_bit
+            else "",
+        )
+    elif request.four_bit and not stored:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -142,8 +154,17 @@ def load_base(request: Request) -> Any:
         **remote,
         **request.more,
     )
-    if stored:
+    if stored == BITSANDBYTES:
+        if stacks_of(model):
+            raise ValueError(
+                f"{request.name} is stored in 4 bits and has experts, which transformers keeps in 16: give the 16-bit model "
+                "that it was made from, and load_in_4bit=True."
+            )
         _compute_in(model, request.dtype)
+    elif request.four_bit and config.model_type in FAMILIES:
+        quantise_experts(model)
+    elif request.four_bit and stacks_of(model):
+        LOG.warning("The experts of the family '%s' stay in 16 bits: sparktune has no rules for it.", config.model_type)
     assert_layout(model)
     return model
 
@@ -152,7 +173,8 @@ def load_adapter(model: Any, request: Request) -> Any:
     """`model` with the LoRA adapter that `request` names, ready to go on training."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, request.name, is_trainable=True, **request.source)
+    with as_plain(model):
+        return PeftModel.from_pretrained(model, request.name, is_trainable=True, **request.source)
 
 
 def load_tokenizer(request: Request, base: Request, length: int, fix: bool) -> Any:
@@ -185,14 +207,16 @@ def _has_tokenizer(name: str, source: dict[str, Any]) -> bool:
     return cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **source) is not None
 
 
-def _check_stored(request: Request, config: Any) -> bool:
-    """Whether the checkpoint itself is stored in 4 bits by bitsandbytes. Errors: ValueError as `load_base`."""
+def _check_stored(request: Request, config: Any) -> str:
+    """How the checkpoint itself is stored: "", in 4 bits by bitsandbytes, or in MXFP4. Errors: ValueError as `load_base`."""
     stored = getattr(config, "quantization_config", None)
     if not stored:
-        return False
+        return ""
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = str(stored.get("quant_method", "unknown"))
-    if method != "bitsandbytes" or not stored.get("load_in_4bit"):
+    if method == MXFP4:
+        return MXFP4
+    if method != BITSANDBYTES or not stored.get("load_in_4bit"):
         raise ValueError(
             f"{request.name} is stored quantised ({method}), which can't be trained here: give the 16-bit model that it "
             "was made from."
@@ -201,7 +225,7 @@ def _check_stored(request: Request, config: Any) -> bool:
         raise ValueError(
             f"{request.name} is stored in 4 bits: use load_in_4bit=True, or give the 16-bit model that it was made from."
         )
-    return True
+    return BITSANDBYTES
 
 
 def _compute_in(model: Any, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from sparktune.interface import arguments, checkpointing
 from sparktune.interface.origin import origin_of, remember
+from sparktune.quant.experts import as_plain
 
 LOG = logging.getLogger("sparktune")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -52,7 +53,8 @@ def add_lora(
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        wrapped: Any = get_peft_model(model, lora)
+        with as_plain(model):
+            wrapped: Any = get_peft_model(model, lora)
     remember(wrapped, origin)
     return wrapped
 

@@ -25,8 +25,8 @@ from sparktune.models.swap import Rule, rule
 from sparktune.ops import dispatch
 from sparktune.ops.moe_mlp import ExpertLinear, moe_mlp, peft_factors
 from sparktune.ops.weights import Weight
+from sparktune.quant.experts import STACKS, is_quantised
 
-STACKS = ("gate_up_proj", "down_proj")
 _SILU: Callable[[Any], str] = refuse_mlp("silu")
 
 
@@ -166,11 +166,6 @@ def _adapter(wrapper: Any) -> tuple[Tensor, Tensor, float] | None:
         raise Unfit(f"{len(active)} adapters are active at once")
     a, b = wrapper.lora_A[active[0]].weight, wrapper.lora_B[active[0]].weight
     return a, b, float(wrapper.scaling[active[0]])
-
-
-def is_quantised(module: Any) -> bool:
-    """Whether bitsandbytes keeps one of the stacks in 4 bits."""
-    return any(name in getattr(module, "parametrizations", {}) for name in STACKS)
 
 
 def _unhooked_experts(module: Any, quantised: bool) -> None:
