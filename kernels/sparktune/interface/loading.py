@@ -114,7 +114,8 @@ def adapter_base(request: Request) -> tuple[str, str | None] | None:
 
 def load_base(request: Request) -> Any:
     """The causal language model of a full checkpoint. Errors: ValueError for a stored format that can't be trained."""
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Mxfp4Config
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.quantization_config import Mxfp4Config
 
     keep_layout()
     remote = {"trust_remote_code": request.trust_remote_code}

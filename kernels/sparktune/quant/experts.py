@@ -55,11 +55,12 @@ def quantise_experts(model: nn.Module, quant_type: str = "nf4", nested: bool = T
 @contextlib.contextmanager
 def as_plain(model: nn.Module) -> Iterator[None]:
     """Within, experts in 4 bits look like plain parameters of the right shape, dtype and device, without memory or values."""
-    hidden: list[tuple[Any, type, nn.Module]] = []
+    hidden: list[tuple[Any, type, Any]] = []
     for module in list(model.modules()):
         if is_quantised(module):
             whole: Any = module
-            kind, parametrizations = type(whole), whole._modules.pop("parametrizations")
+            kind: type = type(whole)
+            parametrizations: Any = whole._modules.pop("parametrizations")
             hidden.append((whole, kind, parametrizations))
             whole.__class__ = kind.__bases__[0]
             for name in parametrizations:
