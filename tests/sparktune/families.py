@@ -93,6 +93,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "SmolLM3Config",
         {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 7},
     ),
+    "mixtral": (
+        "MixtralConfig",
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 40, "sliding_window": 9},
+    ),
     "gpt_oss": (
         "GptOssConfig",
         {

@@ -135,6 +135,12 @@ def test_another_activation_or_class_is_left_with_its_reason():
     }
 
 
+def test_a_router_with_noise_is_left():
+    model = build("mixtral")
+    model.model.layers[1].mlp.jitter_noise = 0.1
+    assert patch_model(model).left == {"model.layers.1.mlp": "moe_mlp: its router has jitter noise of 0.1"}
+
+
 def test_what_peft_targets_is_what_the_families_name():
     theirs = with_lora(build("qwen3_moe"), target_modules=ATTENTION)
     names = {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sparktune.models.parts import refuse_mlp
 from sparktune.models.projection import Unfit, note_fallback, unhooked
-from sparktune.models.swap import Rule, rule
+from sparktune.models.swap import Rule, always, rule
 from sparktune.ops import dispatch
 from sparktune.ops.moe_mlp import ExpertLinear, moe_mlp, peft_factors
 from sparktune.ops.weights import Weight
@@ -76,17 +76,18 @@ class PairExperts(Experts):
 
 def expert_rule(
     block: type[nn.Module], experts: type[nn.Module], mixin: type = Experts,
-    activation: Callable[[Any], str] = _SILU, **options: Any,
+    activation: Callable[[Any], str] = _SILU, refuse: Callable[[Any], str] = always, **options: Any,
 ) -> Rule:  # fmt: skip
-    """The rule for a family's block, if its experts are of the class `experts` with the activation that the op computes."""
+    """The rule for a family's block, if its experts are of the class `experts` with the activation that the op computes,
+    and unless `refuse` gives a reason that lies in the block."""
 
-    def refuse(module: Any) -> str:
+    def why_not(module: Any) -> str:
         base = innermost(module.experts)
         if isinstance(base, experts):
-            return activation(base)
+            return activation(base) or refuse(module)
         return f"its experts are {type(base).__name__}, not {experts.__name__}{_advice(type(base).__name__)}"
 
-    return rule("moe_mlp", block, mixin, refuse, EXPERTS=experts, **options)
+    return rule("moe_mlp", block, mixin, why_not, EXPERTS=experts, **options)
 
 
 def _advice(name: str) -> str:

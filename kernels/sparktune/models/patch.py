@@ -28,6 +28,7 @@ FAMILIES = {
         "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
         "gemma3": "gemma3", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "granite": "granite",
         "qwen3_moe": "qwen3_moe", "gpt_oss": "gpt_oss", "deepseek_v2": "deepseek_v2", "deepseek_v3": "deepseek_v3",
+        "mixtral": "mixtral",
     }.items()
 }  # fmt: skip
 REPORT_ATTRIBUTE = "_sparktune_patch_report"
