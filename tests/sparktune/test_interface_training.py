@@ -178,7 +178,7 @@ def test_a_flattened_batch_is_the_padded_one(base):
         assert torch.allclose(flattened, padded, rtol=1e-3, atol=1e-5 * float(padded.abs().max()) + 1e-9)
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("four_bit", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_compiled_model_has_the_same_loss_and_gradients(tmp_path, four_bit):
     base, found = export_tiny.save_base(tmp_path, num_hidden_layers=1), []
     batch = collate([{"input_ids": row} for row in rows(2)])

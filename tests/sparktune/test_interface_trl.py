@@ -18,6 +18,7 @@ from sparktune.optim import AdamW8bit
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+SLOW = pytest.mark.slow
 TEXTS = [
     "What is the capital of France? It is Paris.",
     "The code word is a secret, isn't it?",
@@ -91,7 +92,9 @@ def test_full_finetuning_trains_every_weight(base, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:sparktune has no rules")
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3", "Gemma2", "Phi3"])
+@pytest.mark.parametrize(
+    "family", ["Llama", "Phi3", *(pytest.param(n, marks=SLOW) for n in ("Mistral", "Qwen3", "Gemma2"))]
+)
 def test_losses_are_those_of_the_model_as_transformers_made_it(tmp_path, family):
     """The same adapter start, data and optimiser over a stock model: sparktune changes the speed, not the run.
 
