@@ -118,11 +118,22 @@ def test_it_is_judged_as_before(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("A=/opt/acme/x:/opt/acme/y", "A=[path]:[path]"),
         ("'/data/acme'", "'[path]'"),
         ("127.0.0.1 and ::1 and 0.0.0.0", None),
+        ("at unix:///var/run/docker.sock. Is it running?", None),
+        ("at unix:///run/user/1000/docker.sock", "at unix://[path]"),
+        ("/device/x and /usrlocal/y", "[path] and [path]"),
         ("192.168.1.5/24", "[address]"),
     ],
 )
 def test_strings(text: str, left: str | None) -> None:
     assert Scrubber(set(), Redactor({})).text(text) == (text if left is None else left)
+
+
+@pytest.mark.parametrize("name", ["docker", "nvidia", "torch", "hub", "ok"])
+def test_an_odd_name_breaks_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_own_names", lambda: {name})
+    facts = load(FOLDER / "gb10_docker_denied.json")
+    clean = anonymous(facts, {})
+    assert clean.container.engine == "docker" and clean.packages == facts.packages
 
 
 @given(st.from_regex(r"[a-z][a-z0-9]{5,12}", fullmatch=True), st.sampled_from([" ", ":", "/", "'", "@", "=", ".", "-"]))

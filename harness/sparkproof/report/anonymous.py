@@ -42,13 +42,31 @@ URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)([^\s'\"<>]*)", re.IGNORECASE)
 PATH = re.compile(r"(?<![\w./~:-])(?:~|/[\w.+@%-])[^\s'\":;,()=\[\]{}<>]*|(?<=[:=])/[\w.+@%-][^\s'\":;,()=\[\]{}<>]*")
 ORDINARY_PATH = re.compile(
     r"^/(?:bin|sbin|lib\w*|usr/(?:s?bin|lib\w*|include)|usr/local/(?:cuda[\w.-]*|bin/nvcc|nvidia)|dev|proc|sys|etc/(?:pip|cdi|os-release|dgx-release)"
-    r"|var/run/docker\.sock|run/docker\.sock|workspace)(?:/|$|-)"
+    r"|var/run/docker\.sock|run/docker\.sock|workspace)(?!\w)"
 )
 HOME = re.compile(r"(?:/home/|/Users/)([^/\s:]+)")
 PUBLIC_ORGANISATION = re.compile(
     r"^(?:unsloth|microsoft|meta-llama|google|Qwen|mistralai|HuggingFaceTB|openai|nvidia|kernels-community|nvcr\.io/nvidia|vllm|ollama|pytorch|ubuntu|debian)(?:/|:|$)"
 )
-SHORTEST_NAME = 3
+SHORTEST_NAME = 2
+# Names that say nothing of whose machine it is, and that occur in what must stay.
+GENERIC_NAMES = frozenset(
+    {
+        "root",
+        "user",
+        "admin",
+        "localhost",
+        "ubuntu",
+        "debian",
+        "nvidia",
+        "docker",
+        "podman",
+        "dgx",
+        "spark",
+        "gpu",
+        "vm",
+    }
+)
 
 
 def anonymous(facts: Facts, environ: Mapping[str, str] | None = None) -> Facts:
@@ -81,7 +99,8 @@ class Scrubber:
     """Takes names, addresses and paths out of strings, and out of all that is made of them."""
 
     def __init__(self, words: set[str], secrets: Redactor) -> None:
-        usable = sorted((w for w in words if len(w) >= SHORTEST_NAME), key=lambda w: (-len(w), w))
+        own = {w for w in words if len(w) >= SHORTEST_NAME and w.lower() not in GENERIC_NAMES}
+        usable = sorted(own, key=lambda w: (-len(w), w))
         self._words = re.compile(rf"(?<![\w])(?:{'|'.join(map(re.escape, usable))})(?![\w])", re.I) if usable else None
         self._secrets = secrets
 
@@ -90,7 +109,7 @@ class Scrubber:
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
-            return {(self.text(k) if not k.isidentifier() else k): self.data(v) for k, v in value.items()}
+            return {k: self.data(v) for k, v in value.items()}  # names of fields, variables, packages and probes
         if isinstance(value, list):
             return [self.data(v) for v in value]
         return value
@@ -145,7 +164,7 @@ def _own_names() -> set[str]:
     names = {socket.gethostname(), socket.gethostname().partition(".")[0], os.environ.get("USER", "")}
     with contextlib.suppress(KeyError, OSError):  # a user without an entry, as in containers
         names.add(getpass.getuser())
-    return names - {"", "root", "localhost", "user"}
+    return names
 
 
 def _strings(value: Any) -> list[str]:
