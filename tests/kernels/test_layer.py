@@ -130,6 +130,55 @@ def test_nothing_outlives_what_the_budget_lets_it_keep(twins, device):
     assert alive == {NONE: [[False] * 4] * 2, ALL: [[True] * 4] * 2}
 
 
+class Shelf:
+    """A store that hands out copies, and counts."""
+
+    def __init__(self):
+        self.began, self.out = 0, []
+
+    def begin(self):
+        self.began += 1
+
+    def put(self, x):
+        self.out.append(x.clone())
+        return self
+
+    def take(self):
+        return self.out.pop()
+
+
+def test_inputs_may_wait_elsewhere(twins, device):
+    theirs, ours = twins("llama")
+    keep(ours, NONE)
+    first = agree(ours, theirs, batch(device, length=4))
+    backbone, shelf = ours.get_base_model().model, Shelf()
+    object.__setattr__(backbone, "_sparktune_store", shelf)
+    for layer in backbone.layers:
+        layer.store = shelf
+    agree(ours, theirs, batch(device, length=4), exact=first)
+    assert shelf.began == 1 and not shelf.out
+    keep(ours, None)
+    agree(ours, theirs, batch(device, length=4), exact=first)  # without checkpointing inputs stay
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU with memory of its own")
+def test_inputs_wait_in_host_memory(twins, device):
+    theirs, ours = twins("llama")
+    keep(ours, NONE)
+    first = agree(ours, theirs, batch(device))
+    set_memory_budget(ours, 0, offload=True)
+    keep(ours, NONE)
+    for _ in range(2):
+        agree(ours, theirs, batch(device), exact=first)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+def test_host_memory_is_refused_where_it_frees_nothing(twins, device):
+    _, ours = twins("llama")
+    with pytest.raises(ValueError, match="for a GPU only, not for cpu"):
+        set_memory_budget(ours, 0, offload=True)
+
+
 def test_a_second_backward_is_an_error_not_a_wrong_number(twins, device):
     _, ours = twins("llama")
     loss = ours(**batch(device, length=3), use_cache=False).loss

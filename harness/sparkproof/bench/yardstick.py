@@ -2,7 +2,7 @@
 
 `build(model_dir, a)` gives the model, its trained parameters and a step; `a` has layers, rank, alpha, lora_dtype ("fp32" or
 "bf16"), gc ("on" or "off"), batch, seq and packed. The environment variable SPARKTUNE_MEMORY_BUDGET_GIB is what activations
-may take with gc on: a number, or "inf"; 0 unless set.
+may take with gc on: a number, or "inf"; 0 unless set. SPARKTUNE_OFFLOAD=1 keeps layer inputs in pinned host memory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+OFFLOAD = "SPARKTUNE_OFFLOAD"
 BUDGET = "SPARKTUNE_MEMORY_BUDGET_GIB"
 
 
@@ -35,7 +36,7 @@ def build(model_dir: str, a: Any) -> dict[str, Any]:
     )
     budget = float(os.environ.get(BUDGET, "0"))
     if checkpointed:
-        set_memory_budget(model, budget * 2**30)
+        set_memory_budget(model, budget * 2**30, offload=os.environ.get(OFFLOAD) == "1")
     dtype = torch.float32 if a.lora_dtype == "fp32" else torch.bfloat16
     for p in model.parameters():
         if p.requires_grad:

@@ -23,6 +23,8 @@ from typing import Any
 
 from torch import nn
 
+from sparktune.models.offload import HostStore
+
 KINDS = ("attention", "residual", "qkv", "gate_up")
 ALL = frozenset(KINDS)
 NONE: frozenset[str] = frozenset()
@@ -74,12 +76,15 @@ def spend(budget: float, tokens: int, row: int, layers: list[LayerShape]) -> lis
 
 
 BUDGET = "_sparktune_memory_budget"  # on a model's backbone: bytes
+STORE = "_sparktune_store"  # on it too: a `HostStore`, or None
 
 
-def set_memory_budget(model: nn.Module, budget: float) -> None:
+def set_memory_budget(model: nn.Module, budget: float, *, offload: bool = False) -> None:
     """Let layers keep up to `budget` bytes of activations a batch when gradient checkpointing is on (0: none; inf: all).
 
-    Kept is what spares most time a byte. Errors: ValueError for a negative budget, or a model without layers of ours.
+    Kept is what spares most time a byte. `offload`: each layer's input waits in pinned host memory, for a GPU that has
+    memory of its own. Errors: ValueError for a negative budget, a model without layers of ours, or a device where
+    offloading frees nothing.
     """
     if budget < 0:
         raise ValueError(f"a memory budget is 0 bytes or more, got {budget}")
@@ -90,6 +95,10 @@ def set_memory_budget(model: nn.Module, budget: float) -> None:
         )
     for backbone in found:
         object.__setattr__(backbone, BUDGET, float(budget))
+        store = HostStore(next(backbone.parameters()).device) if offload else None
+        object.__setattr__(backbone, STORE, store)
+        for layer in _layers(backbone):
+            layer.store = store
 
 
 def _layers(module: Any) -> list[Any]:
@@ -99,6 +108,9 @@ def _layers(module: Any) -> list[Any]:
 
 def assign(backbone: Any, batch: int, length: int) -> None:
     """Tell each layer of a backbone what to keep of a batch [batch, length], by its budget."""
+    store = getattr(backbone, STORE, None)
+    if store is not None:
+        store.begin()
     budget = getattr(backbone, BUDGET, 0.0)
     layers = [layer for layer in _layers(backbone) if hasattr(layer, "shape_of")]
     if not layers:

@@ -41,6 +41,7 @@ class PreNormLayer(OpByOpLayer):
     """
 
     keep: frozenset[str] = NONE
+    store: Any = None  # where inputs wait for the backward, when checkpointing is on; None: on the device
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Around `forward`: transformers' checkpointing, but not for a layer that runs whole."""
@@ -53,10 +54,11 @@ class PreNormLayer(OpByOpLayer):
     def forward(self: Any, hidden_states: Tensor, whole: LayerParts | None = None, **kwargs: Any) -> Tensor:
         """hidden_states [B, S, K] -> the same."""
         if whole is not None:
-            keep = self.keep if self.training and self.gradient_checkpointing else ALL
+            checkpointed = self.training and self.gradient_checkpointing
+            keep, store = (self.keep, self.store) if checkpointed else (ALL, None)
             batch, length, width = hidden_states.shape
             tables = kwargs["position_embeddings"] if whole.turns else None
-            call = Call(whole, (batch, length), tables, kwargs.get("documents"), keep)
+            call = Call(whole, (batch, length), tables, kwargs.get("documents"), keep, store)
             y: Tensor = DecoderLayer.apply(hidden_states.reshape(-1, width), call, *whole.trained)
             return y.view(hidden_states.shape)
         return super().forward(hidden_states, **kwargs)

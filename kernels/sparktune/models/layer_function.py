@@ -56,6 +56,7 @@ class Call:
     tables: Tables | None  # None: nothing is turned by its position
     documents: Documents | None
     keep: frozenset[str]
+    store: Any = None  # a `HostStore` that takes x until the backward
 
 
 def project(
@@ -162,7 +163,9 @@ class DecoderLayer(torch.autograd.Function):
             if state.attended is not None:
                 state.attended.forget_inputs()
             state.qkv = state.q = state.k = None
-        ctx.save_for_backward(x)
+        ctx.stored = None if call.store is None else call.store.put(x)
+        if ctx.stored is None:
+            ctx.save_for_backward(x)
         ctx.call, ctx.state = call, state
         return y
 
@@ -170,10 +173,10 @@ class DecoderLayer(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of x and of what is trained."""
         dispatch.no_double_backward("decoder_layer")
-        (x,) = ctx.saved_tensors
         if ctx.state is None:
             raise RuntimeError("a decoder layer's backward ran twice, and what it kept is gone: call the model again.")
         state, ctx.state = ctx.state, None
+        x = ctx.saved_tensors[0] if ctx.stored is None else ctx.stored.take()
         needs = ctx.needs_input_grad
         dx, found = backward(ctx.call, x, state, dy, needs[0], needs[2:])
         return dx, None, *found
