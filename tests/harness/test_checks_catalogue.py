@@ -112,3 +112,8 @@ def test_an_empty_answer_is_a_fault_of_the_check(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(registry.CHECKS, "gpu.unusable", lambda facts: [])
     with pytest.raises(ValueError, match="empty list"):
         registry.evaluate("gpu.unusable", Facts(origin="x"))
+
+
+@pytest.mark.parametrize("topic", ["models", "export", "build"])
+def test_what_keeps_nobody_from_training_is_no_error(topic: str) -> None:
+    assert not [e.id for e in CATALOGUE.values() if e.topic == topic and e.severity == "error"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from sparkproof.checks.finding import Severity
 from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok, check
 from sparkproof.facts.model import Facts
 from sparkproof.results import ReasonClass
@@ -39,7 +38,6 @@ def ollama(facts: Facts) -> Answer:
     if found.on_cpu:
         return Found(
             f"`ollama ps`: {', '.join(found.on_cpu)} at 100% CPU; OLLAMA_LLM_LIBRARY={found.library or 'not set'}",
-            severity=Severity.WARNING,
             cause="Ollama did not take the GPU for it: no library for it, or no memory left on it.",
             fix="sudo systemctl restart ollama && journalctl -u ollama -n 50 --no-pager",
         )

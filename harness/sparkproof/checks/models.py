@@ -1,4 +1,7 @@
-"""The models that lie ready: will the installed software take them, and the fast way?"""
+"""The models that lie ready: will the installed software take them, and the fast way?
+
+One that it will not take is no fault of the machine, which may never be asked for it: nothing here is an error.
+"""
 
 from __future__ import annotations
 
