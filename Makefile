@@ -9,10 +9,10 @@ WORKERS ?= 2
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup validate test test-slow lint doctor facts list compile selftest bench sanitize snapshot rollback report lock schemas clean
+.PHONY: help setup validate test test-slow lint doctor facts list compile selftest bench bench-train sanitize snapshot rollback report lock schemas clean
 
 help: ## Show every target with its purpose
-	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: ## Make the virtual environment (done by the others when needed)
 ifeq ($(strip $(PYTHON)),)
@@ -52,6 +52,9 @@ selftest: setup ## Prove that the kernel tests catch planted faults
 
 bench: setup ## Time every op against transformers, torch.compile, Liger and Unsloth (needs a GPU)
 	@$(BIN)/sparkproof bench ops $(ARGS)
+
+bench-train: setup ## Time a QLoRA step of transformers, Liger, Unsloth and sparktune (needs a GPU)
+	@$(BIN)/sparkproof bench train $(ARGS)
 
 sanitize: setup ## Look for memory errors and races in every kernel with NVIDIA's compute-sanitizer (needs a GPU)
 	@$(BIN)/python scripts/sanitize.py $(ARGS)

@@ -6,6 +6,7 @@ from __future__ import annotations
 def documents() -> dict[str, str]:
     """Path relative to the checkout -> text."""
     from sparkproof.bench.document import bench_schema
+    from sparkproof.bench.train.document import train_schema
     from sparkproof.checks.catalogue import markdown
     from sparkproof.cli.doctor_document import doctor_schema
     from sparkproof.cli.listing import scenario_schema
@@ -15,6 +16,7 @@ def documents() -> dict[str, str]:
         "scenarios/scenario.schema.json": scenario_schema(),
         "reports/schema/report-1.json": report_schema(),
         "reports/schema/bench-ops-1.json": bench_schema(),
+        "reports/schema/bench-train-1.json": train_schema(),
         "reports/schema/doctor-1.json": doctor_schema(),
         "docs/failures.md": markdown(),
     }

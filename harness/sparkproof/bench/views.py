@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -15,6 +16,7 @@ from sparkproof.report import words
 from sparkproof.report.charts import Bar, Chart, bar_chart
 from sparkproof.report.html import TEMPLATES
 
+TITLE = "Ops against their peers"
 SHORT = {"sparktune": "sparktune", "hf": "hf", "compiled": "compiled", "liger": "Liger", "unsloth": "Unsloth"}
 COLOURS = {"faster": "green", "slower": "red", "no difference": "yellow", "": "dim"}
 
@@ -138,7 +140,7 @@ def markdown(d: Document) -> str:
         "against the best other",
     ]
     out = [
-        "# Ops against their peers", "", tally(d), "",
+        f"# {TITLE}", "", tally(d), "",
         ", ".join(f"{k} {v}" for k, v in d.software.items()) + ".", "",
         "| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |",
     ]  # fmt: skip
@@ -150,10 +152,7 @@ def markdown(d: Document) -> str:
             cells = [cell(by_name[e.name]) if e.name in by_name else "–" for e in d.engines]
             line = [title(row), row.model, str(row.tokens or "–"), p.which, us, *cells, verdict(p, d.trusted)]
             out.append("| " + " | ".join(x.replace("|", "\\|") for x in line) + " |")
-    out += ["", *footer(d)[:2]]
-    for head, found in (("Not measured", problems(d)), ("Remarks", remarks(d))):
-        if found:
-            out += ["", f"## {head}", "", *(f"- {words.one_line(x)}" for x in found)]
+    out += ["", *footer(d)[:2], *sections(problems(d), remarks(d))]
     return "\n".join(out) + "\n"
 
 
@@ -200,9 +199,24 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
+def page(d: Any, title: str, **parts: Any) -> str:
+    """One self-contained page, without script, of any bench document; `parts` are the template's other names."""
+    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    brand = f"sparkproof {d.kind.replace('-', ' ')}"
+    return _environment().get_template("page.html.j2").render(d=d, title=title, brand=brand, css=Markup(css), **parts)
+
+
+def sections(problems: list[str], remarks: list[str]) -> list[str]:
+    """Markdown of what was not measured, and of remarks."""
+    out = []
+    for head, found in (("Not measured", problems), ("Remarks", remarks)):
+        if found:
+            out += ["", f"## {head}", "", *(f"- {words.one_line(x)}" for x in found)]
+    return out
+
+
 def html(d: Document) -> str:
     """One self-contained page, without script."""
-    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     rows = []
     for row, p in lines(d):
         by_name = {e.name: e for e in p.engines}
@@ -212,7 +226,7 @@ def html(d: Document) -> str:
             + [verdict(p, d.trusted)]
         )
     heads = ["op", "model", "tokens", "pass", *(SHORT.get(e.name, e.name) for e in d.engines), "against the best other"]
-    return _environment().get_template("page.html.j2").render(
-        d=d, css=Markup(css), charts=charts(d), heads=heads, rows=rows, tally=tally(d), footer=footer(d),
-        problems=problems(d), remarks=remarks(d),
+    return page(
+        d, TITLE, charts=charts(d), heads=heads, rows=rows, tally=tally(d), footer=footer(d), problems=problems(d),
+        remarks=remarks(d),
     )  # fmt: skip

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from sparkproof.cli.bench_train import train
 from sparkproof.errors import UserError
 
 bench = typer.Typer(help="Measure this project beside other libraries, in one run on this GPU.", no_args_is_help=True)
@@ -17,12 +18,8 @@ bench = typer.Typer(help="Measure this project beside other libraries, in one ru
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
+    bench.command("train")(train)
     app.add_typer(bench, name="bench")
-
-
-@bench.callback()
-def _group() -> None:
-    """Keeps `bench ops` a word of its own while it is alone."""
 
 
 @bench.command("ops")
@@ -67,9 +64,10 @@ def ops(
     raise typer.Exit(1 if any(r.error for r in document.rows) else 0)
 
 
-def show(document, console: Console) -> None:  # type: ignore[no-untyped-def]
-    """The table, what was not measured, and the tally last."""
-    from sparkproof.bench import views
+def show(document, console: Console, views=None) -> None:  # type: ignore[no-untyped-def]
+    """The table, what was not measured, and the tally last; `views` are those of the document's kind."""
+    if views is None:
+        from sparkproof.bench import views
 
     if not console.is_terminal:
         console.width = 200
@@ -84,11 +82,12 @@ def show(document, console: Console) -> None:  # type: ignore[no-untyped-def]
         console.print(escape(line), highlight=False)
 
 
-def write(document, folder: Path) -> None:  # type: ignore[no-untyped-def]
+def write(document, folder: Path, views=None, stem: str = "bench") -> None:  # type: ignore[no-untyped-def]
     """bench.json, bench.html and bench.md in a folder, made if need be."""
-    from sparkproof.bench import views
+    if views is None:
+        from sparkproof.bench import views
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(document.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    (folder / "bench.html").write_text(views.html(document), encoding="utf-8")
-    (folder / "bench.md").write_text(views.markdown(document), encoding="utf-8")
+    (folder / f"{stem}.json").write_text(document.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (folder / f"{stem}.html").write_text(views.html(document), encoding="utf-8")
+    (folder / f"{stem}.md").write_text(views.markdown(document), encoding="utf-8")

@@ -25,7 +25,7 @@ class Interval:
 
 def median(samples: Sequence[float], seed: int = 1) -> Interval:
     """Median with its bootstrap interval. Errors: ValueError without samples."""
-    return _bootstrap(lambda r: statistics.median(r.choices(samples, k=len(samples))), statistics.median(samples), seed)
+    return bootstrap(lambda r: statistics.median(r.choices(samples, k=len(samples))), statistics.median(samples), seed)
 
 
 def ratio(over: Sequence[float], under: Sequence[float], seed: int = 1) -> Interval:
@@ -35,10 +35,11 @@ def ratio(over: Sequence[float], under: Sequence[float], seed: int = 1) -> Inter
         top, bottom = (statistics.median(r.choices(s, k=len(s))) for s in (over, under))
         return top / bottom
 
-    return _bootstrap(draw, statistics.median(over) / statistics.median(under), seed)
+    return bootstrap(draw, statistics.median(over) / statistics.median(under), seed)
 
 
-def _bootstrap(draw: Callable[[random.Random], float], value: float, seed: int) -> Interval:
+def bootstrap(draw: Callable[[random.Random], float], value: float, seed: int) -> Interval:
+    """`value` with the 95% interval of what `draw` gives from one source of randomness."""
     rng = random.Random(seed)
     drawn = sorted(draw(rng) for _ in range(ROUNDS))
     return Interval(value, drawn[int(0.025 * ROUNDS)], drawn[int(0.975 * ROUNDS) - 1])
