@@ -102,7 +102,8 @@ def exit_code(d: Document) -> int:
         return 1
     if d.device_type == "cuda" and not d.trusted:
         return 3
-    return 1 if any(m.error for m in d.models) else 0
+    needed = [e for m in d.models for e in m.engines if e.name in ("hf", "sparktune")]
+    return 1 if any(m.error for m in d.models) or any(e.status not in ("timed", "not reached") for e in needed) else 0
 
 
 def one_of(what: str, name: str, known: tuple[str, ...]) -> str:

@@ -62,8 +62,8 @@ def tensors(s: Setting) -> dict[str, Tensor]:
     def dense(name: str, size: tuple[int, ...]) -> Tensor:
         return normal(name, size, 0.02, s.device, s.seed).to(torch.bfloat16)
 
-    def norm(name: str, size: int) -> None:
-        out[name] = (1 + normal(name, (size,), 0.05, s.device, s.seed)).to(torch.bfloat16).cpu()
+    def norm(module: str, size: int) -> None:
+        out[f"{module}.weight"] = (1 + normal(module, (size,), 0.05, s.device, s.seed)).to(torch.bfloat16).cpu()
 
     out["model.embed_tokens.weight"] = dense("model.embed_tokens.weight", (shape.vocab, shape.hidden)).cpu()
     for i in range(s.layers):
@@ -76,11 +76,11 @@ def tensors(s: Setting) -> dict[str, Tensor]:
             out[name] = packed.cpu()
             out |= {f"{name}.{k}": v.cpu() for k, v in state.as_dict(packed=True).items()}
         for which in ("input_layernorm", "post_attention_layernorm"):
-            norm(f"{layer}{which}.weight", shape.hidden)
+            norm(f"{layer}{which}", shape.hidden)
         if shape.kind == "qwen3":
             for which in ("q_norm", "k_norm"):
-                norm(f"{layer}self_attn.{which}.weight", shape.head_dim)
-    norm("model.norm.weight", shape.hidden)
+                norm(f"{layer}self_attn.{which}", shape.head_dim)
+    norm("model.norm", shape.hidden)
     out["lm_head.weight"] = dense("lm_head.weight", (shape.vocab, shape.hidden)).cpu()
     return out
 

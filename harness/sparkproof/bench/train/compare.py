@@ -24,16 +24,15 @@ def finish(m: ModelSteps) -> None:
     """Set everything that follows from the rounds."""
     by_name = {e.name: e for e in m.engines}
     reference = by_name.get(REFERENCE)
-    usable = reference if reference is not None and reference.status == "timed" and reference.rounds else None
     for e in m.engines:
         if e.rounds:
             _summary(e, m)
         if e.status == "timed" and e.rounds:
-            _check(e, usable)
-    if usable is not None and usable.status == "timed":
+            _check(e, reference)
+    if reference is not None and reference.status == "timed" and reference.rounds:
         for e in m.engines:
-            if e is not usable and e.rounds and e.status in ("timed", "wrong"):
-                e.speedup = Interval.of(nested.ratio(samples(usable), samples(e)))
+            if e is not reference and e.rounds and e.status in ("timed", "wrong"):
+                e.speedup = Interval.of(nested.ratio(samples(reference), samples(e)))
     _verdict(m, by_name)
 
 
@@ -61,7 +60,7 @@ def _first(r: Round) -> tuple[float, float] | None:
 
 def _check(e: EngineSteps, reference: EngineSteps | None) -> None:
     """Hold step 0 of each round to hf's first round."""
-    right = _first(reference.rounds[0]) if reference is not None else None
+    right = _first(reference.rounds[0]) if reference is not None and reference.rounds else None
     if right is None or right[1] == 0:
         e.status, e.reason = "unchecked", f"{REFERENCE} gave no finite loss and gradient norm to compare with"
         return
@@ -87,9 +86,10 @@ def _verdict(m: ModelSteps, by_name: dict[str, EngineSteps]) -> None:
     right = {k: e for k, e in by_name.items() if e.status == "timed" and e.rounds}
     others = [e for k, e in right.items() if k != OURS]
     if OURS not in right or not others:
-        missing = next((n for n in (REFERENCE, OURS) if n not in right), "")
-        if missing and not m.error and by_name[missing].status != "not reached":
-            m.error = f"no verdict: {missing}: {by_name[missing].status}: {by_name[missing].reason}"
+        missing = REFERENCE if REFERENCE not in right else OURS
+        cause = by_name.get(missing)
+        if cause is not None and not m.error and cause.status != "not reached":
+            m.error = f"no verdict, since {missing} is {cause.status}: {cause.reason}"
         return
     best = min(others, key=lambda e: e.step_ms.value if e.step_ms else float("inf"))
     against = nested.ratio(samples(best), samples(right[OURS]))

@@ -61,7 +61,7 @@ def _hf(folder: str, s: Setting) -> Built:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, device_map={"": 0 if s.device == "cuda" else "cpu"}, attn_implementation="sdpa",
         local_files_only=True,
     )  # fmt: skip

@@ -68,7 +68,7 @@ class Setting(Strict):
         default=0, description="Documents in the one row of batch x seq tokens; 0: rows are not packed."
     )
     rank: int = Field(description="Of the LoRA adapters, on all seven projections.")
-    alpha: float = Field(default=16, description="LoRA's alpha.")
+    alpha: int = Field(default=16, description="LoRA's alpha.")
     lora_dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Of the adapters; fp32 trains under autocast."
     )

@@ -25,13 +25,16 @@ def title(m: ModelSteps) -> str:
     of = SHAPES[s.model].layers
     layers = f"{s.layers} layers" if s.layers == of else f"{s.layers} of {of} layers"
     rows = f"{s.packed} documents in {s.tokens} tokens" if s.packed else f"{s.batch} x {s.seq} tokens"
-    budget = f", budget {s.memory_budget_gib} GiB" if s.memory_budget_gib else ""
+    budget = f", budget {float(s.memory_budget_gib):g} GiB" if s.memory_budget_gib else ""
     return f"{s.model}, {layers}, {rows}, rank {s.rank}, checkpointing {s.gc}{budget}"
 
 
 def around(i: Interval | None) -> str:
-    """A ratio with its interval."""
-    return "–" if i is None else f"{i.value:.2f} ({i.low:.2f}–{i.high:.2f})"
+    """A ratio with its interval, in at most 16 characters."""
+    if i is None:
+        return "–"
+    places = 2 if i.high < 9.995 else 1 if i.high < 99.95 else 0
+    return f"{i.value:.{places}f} ({i.low:.{places}f}–{i.high:.{places}f})"
 
 
 def _gib(*found: float | None) -> str:
