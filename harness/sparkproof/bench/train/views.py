@@ -15,7 +15,7 @@ from sparkproof.report import words
 from sparkproof.report.charts import Bar, Chart, bar_chart
 
 TITLE = "A QLoRA training step, engine by engine"
-HEADS = ("engine", "ms", "tokens/s", "x hf", "GiB", "TFLOP/s", "light", "1st s")
+HEADS = ("engine", "ms", "tok/s", "x hf", "GiB", "TFLOP/s", "light", "1st s")
 STANDINGS = {"faster": "green", "slower": "red", "no difference": "yellow", "": "dim"}
 
 
@@ -48,7 +48,7 @@ def cells(e: EngineSteps) -> list[str]:
     ratio = "1" if e.name == REFERENCE else around(e.speedup)
     ratio = ratio if e.status == "timed" else e.status
     return [
-        e.name, f"{e.step_ms.value:.1f}", f"{e.tokens_per_s.value:,.0f}", ratio,
+        e.name, f"{e.step_ms.value:.{1 if e.step_ms.value < 9999.5 else 0}f}", f"{e.tokens_per_s.value:,.0f}", ratio,
         _gib(e.memory.peak_allocated_gib, e.memory.peak_reserved_gib),
         "–" if e.useful_tflop_s is None else f"{e.useful_tflop_s:.{0 if e.useful_tflop_s >= 10 else 2}f}",
         "–" if e.light is None else f"{e.light:.0%}", "–" if e.first_step_s is None else f"{e.first_step_s:.1f}",
