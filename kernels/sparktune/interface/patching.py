@@ -12,7 +12,6 @@ from collections import Counter
 
 from torch import nn
 
-from sparktune.interface.origin import transformers_model
 from sparktune.models.patch import REPORT_ATTRIBUTE, PatchReport, UnknownFamilyError, patch_model
 
 LOG = logging.getLogger("sparktune")
@@ -21,24 +20,11 @@ LOG = logging.getLogger("sparktune")
 def patch(model: nn.Module) -> PatchReport:
     """Patch `model` in place (again, after LoRA layers came) and keep the report on it. Never raises for a family."""
     try:
-        report = patch_model(model)
-        _keep_name(model)
-        return report
+        return patch_model(model)
     except UnknownFamilyError as error:
         report = _nothing_patched(model, error)
         object.__setattr__(model, REPORT_ATTRIBUTE, report)
         return report
-
-
-def _keep_name(model: nn.Module) -> None:
-    """The name of transformers' class on the patched one, since others go by it.
-
-    save_pretrained writes it to config.json as the architecture, and Trainer's label smoothing shifts the labels only
-    under names it knows.
-    """
-    patched = type(transformers_model(model))
-    if patched.__module__.startswith("sparktune."):
-        patched.__name__ = patched.__bases__[-1].__name__
 
 
 def _nothing_patched(model: nn.Module, error: UnknownFamilyError) -> PatchReport:

@@ -31,10 +31,13 @@ class Rule:
 
 @functools.cache
 def swapped(source: type[nn.Module], mixin: type, **options: Any) -> type[nn.Module]:
-    """A subclass of `source` with `mixin` before it and `options` as class attributes, under a name that tells."""
-    name = f"Spark{source.__name__}"
+    """A subclass of `source` with `mixin` before it and `options` as class attributes.
+
+    It keeps the name: save_pretrained writes a model's class to config.json, Trainer's label smoothing shifts labels only
+    under names it knows, and transformers finds what to record of a module by its class's. The module tells them apart.
+    """
     body = {"__module__": mixin.__module__, "__doc__": mixin.__doc__, **options}
-    return type(name, (mixin, source), body)
+    return type(source.__name__, (mixin, source), body)
 
 
 def rule(op: str, source: type[nn.Module], mixin: type, refuse: Callable[[Any], str] = always, **options: Any) -> Rule:
