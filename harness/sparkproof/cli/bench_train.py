@@ -41,6 +41,9 @@ def train(
     memory_budget: str = typer.Option(
         "0", help="GiB of activations that sparktune may keep with checkpointing on, or inf; for sparktune only."
     ),
+    offload: bool = typer.Option(
+        False, "--offload", help="Let sparktune's layer inputs wait in pinned host memory, as Unsloth's always do."
+    ),
     site: list[str] = typer.Option(
         [], help="ENGINE=DIR: an import root for that engine's processes (may be repeated)."
     ),
@@ -51,7 +54,10 @@ def train(
     ),
     json_out: bool = typer.Option(False, "--json", help="One JSON document instead of a table."),
 ) -> None:
-    """Time a QLoRA step on every engine, same checkpoint, adapters and batches; exit 3 if the clock moved meanwhile."""
+    """Time a QLoRA step on every engine, same checkpoint, adapters and batches; exit 3 if the clock moved meanwhile.
+
+    Weights are random and nothing is downloaded; the checkpoint is written under TMPDIR (6 GB for all of an 8B) and removed.
+    """
     from sparkproof.bench.train import views
     from sparkproof.bench.train.run import Bench
     from sparkproof.bench.train.setting import NAMES, OURS, REFERENCE
@@ -70,11 +76,15 @@ def train(
             f"--packed {packed} leaves fewer than 16 tokens a document.", "Pack fewer documents, or raise --seq."
         )
     kept = memory_budget_gib(memory_budget, gc)
+    if offload and (gc == "off" or device == "cpu"):
+        raise UserError(
+            "--offload moves what checkpointing keeps off the GPU: it needs --gc on and a GPU.", "Leave it out."
+        )
     names = [n for n in NAMES if not engine or n in engine or n in (REFERENCE, OURS)]
     roots = sites(site, names)
     step = {
         "batch": batch, "seq": seq, "packed": packed, "rank": rank, "gc": gc, "steps": steps, "warmup": warmup,
-        "memory_budget_gib": kept,
+        "memory_budget_gib": kept, "offload": offload,
     }  # fmt: skip
     wanted = [setting(m, layers, device, step) for m in dict.fromkeys(model)]
     need(device)

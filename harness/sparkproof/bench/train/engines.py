@@ -120,7 +120,7 @@ def _unsloth(folder: str, s: Setting) -> Built:
 def _sparktune(folder: str, s: Setting) -> Built:
     from sparkproof.bench import yardstick
 
-    os.environ[yardstick.BUDGET] = str(s.memory_budget_gib)
+    os.environ[yardstick.BUDGET], os.environ[yardstick.OFFLOAD] = str(s.memory_budget_gib), str(int(s.offload))
     made = yardstick.build(folder, s)
     return Built(made["model"], made["step"], made["params"], lambda: dict(made["notes"].items()))
 

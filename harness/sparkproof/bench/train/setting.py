@@ -79,6 +79,7 @@ class Setting(Strict):
     memory_budget_gib: float | Literal["inf"] = Field(
         default=0.0, description="Of activations that sparktune's layers may keep with checkpointing on."
     )
+    offload: bool = Field(default=False, description="Whether sparktune's layer inputs wait in pinned host memory.")
     seed: int = Field(default=SEED, description="Of weights, adapters and tokens.")
     device: Literal["cuda", "cpu"] = Field(description="Where it ran.")
 

@@ -26,7 +26,8 @@ def title(m: ModelSteps) -> str:
     layers = f"{s.layers} layers" if s.layers == of else f"{s.layers} of {of} layers"
     rows = f"{s.packed} documents in {s.tokens} tokens" if s.packed else f"{s.batch} x {s.seq} tokens"
     budget = f", budget {float(s.memory_budget_gib):g} GiB" if s.memory_budget_gib else ""
-    return f"{s.model}, {layers}, {rows}, rank {s.rank}, checkpointing {s.gc}{budget}"
+    offload = ", offloading" if s.offload else ""
+    return f"{s.model}, {layers}, {rows}, rank {s.rank}, checkpointing {s.gc}{budget}{offload}"
 
 
 def around(i: Interval | None) -> str:
