@@ -19,7 +19,7 @@ NAMES = ("hf", "liger", "unsloth", "sparktune")
 REFERENCE, OURS = "hf", "sparktune"
 WORDS = {
     "hf": "transformers, PEFT and bitsandbytes",
-    "liger": "the same with Liger-Kernel",
+    "liger": "Liger-Kernel over transformers and PEFT",
     "unsloth": "Unsloth",
     "sparktune": "sparktune",
 }

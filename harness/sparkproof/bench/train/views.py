@@ -25,8 +25,9 @@ def title(m: ModelSteps) -> str:
     of = SHAPES[s.model].layers
     layers = f"{s.layers} layers" if s.layers == of else f"{s.layers} of {of} layers"
     rows = f"{s.packed} documents in {s.tokens} tokens" if s.packed else f"{s.batch} x {s.seq} tokens"
-    budget = f", budget {float(s.memory_budget_gib):g} GiB" if s.memory_budget_gib else ""
-    offload = ", offloading" if s.offload else ""
+    kept = "everything" if s.memory_budget_gib == "inf" else f"{s.memory_budget_gib:g} GiB"
+    budget = f", sparktune keeps {kept}" if s.memory_budget_gib else ""
+    offload = ", sparktune offloads" if s.offload else ""
     return f"{s.model}, {layers}, {rows}, rank {s.rank}, checkpointing {s.gc}{budget}{offload}"
 
 
