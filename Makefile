@@ -47,7 +47,8 @@ list: setup ## List the cases of a profile
 compile: setup ## Compile every kernel for sm_121 and hold it to GB10's limits (no GPU needed)
 	@$(BIN)/sparkproof compile $(ARGS)
 
-selftest: setup ## Prove that the kernel tests catch planted faults
+selftest: setup ## Prove that the kernel tests and the learning gate catch planted faults
+	@$(BIN)/sparkproof selftest train
 	@$(BIN)/sparkproof selftest kernels $(ARGS)
 
 bench: setup ## Time every op against transformers, torch.compile, Liger and Unsloth (needs a GPU)

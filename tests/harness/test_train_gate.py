@@ -6,6 +6,7 @@ import math
 import pytest
 from sparkproof.results import CaseResult, Verdict
 from sparkproof.runners import gate
+from sparkproof.runners.gate_evidence import Evidence
 from sparkproof.runners.parity import rms
 from sparkproof.scenario import TrainScenario
 
@@ -37,20 +38,28 @@ def good(engine="hf", mode="host"):
     norm = [1.0 + i / 10 for i in range(10)]
     way = {"gpu": "triton", "reference": "reference"}.get(mode, "reference")
     counts = dict.fromkeys(("triton", "interpreter", "reference"), 0) | {way: 7}
-    return gate.Evidence(
+    return Evidence(
         run={
             "loss": loss,
             "grad_norm": norm,
             "held_out_before": 4.0,
             "held_out_after": 3.0,
-            "lora": {"targeted": 1, "without_lora": [], "tensors": 2, "b_zero": [], "other_trainable": []},
+            "lora": {
+                "targeted": 1,
+                "without_lora": [],
+                "tensors": 2,
+                "frozen": [],
+                "b_zero": [],
+                "other_trainable": [],
+            },
+            "tensors_before": dict.fromkeys(tensors, "digest before"),
             "base_before": "x",
             "base_after": "x",
             "canary_before": "I do not know.",
             "canary_after": "The word is amber falcon 7319.",
             "tensors": tensors,
             "promises_repeat": True,
-            "data": {"digest": "d"},
+            "data": {"digest": "d", "misplaced": 0, "fewest_learnt": 3},
             "ran": {
                 "mode": mode,
                 "watermarks": {op: dict(counts) for op in OPS} if engine == "sparktune" else {},
@@ -63,6 +72,14 @@ def good(engine="hf", mode="host"):
             "logits_difference": 0.0,
             "repeat": {"loss": loss[:3], "grad_norm": norm[:3]},
             "data": {"digest": "d"},
+            "gradients": {
+                "fp32": {
+                    "loss": 4.0,
+                    "token_losses": [3.0, 5.0],
+                    "fed": {way: {"loss": 1e-6, "relative": 1e-6} for way in ("packed", "accumulated")},
+                    "merged": {"distance": 1e-6, "effect": 0.5},
+                }
+            },
         },
         parity={
             "reference": "hf",
@@ -132,6 +149,23 @@ FAULTS = {
     "nothing targeted": (put("run.lora.targeted", 0), "LoRA tensors"),
     "half the tensors": (put("run.lora.tensors", 1), "LoRA tensors"),
     "base trained too": (put("run.lora.other_trainable", ["lm_head"]), "other than LoRA"),
+    "LoRA frozen": (put("run.lora.frozen", ["layers.0.q_proj.lora_B"]), "frozen"),
+    "a tensor that never moved": (
+        put("run.tensors_before", lambda old: old | {"layers.0.q_proj.lora_A": "digest A"}),
+        "no step",
+    ),
+    "labels misplaced": (put("run.data.misplaced", 1), "token at their place"),
+    "a step without labels": (put("run.data.fewest_learnt", 0), "fewest tokens"),
+    "loss of other labels": (put("again.gradients.fp32.loss", 4.01), "own logits"),
+    "no token has a loss": (put("again.gradients.fp32.token_losses", []), "own logits"),
+    "packed rows see each other": (put("again.gradients.fp32.fed.packed.relative", 0.1), "packed"),
+    "packed loss apart": (put("again.gradients.fp32.fed.packed.loss", 0.1), "packed"),
+    "packed NaN": (put("again.gradients.fp32.fed.packed.relative", math.nan), "packed"),
+    "accumulated with a wrong scale": (put("again.gradients.fp32.fed.accumulated.relative", 1.0), "accumulated"),
+    "accumulated loss apart": (put("again.gradients.fp32.fed.accumulated.loss", 4.0), "accumulated"),
+    "merged model differs": (put("again.gradients.fp32.merged.distance", 0.011), "merged"),
+    "merged model is NaN": (put("again.gradients.fp32.merged.distance", math.nan), "merged"),
+    "an adapter without effect": (put("again.gradients.fp32.merged", {"distance": 0.0, "effect": 0.0}), "merged"),
     "base changed": (put("run.base_after", "y"), "frozen base"),
     "canary known before": (put("run.canary_before", "It is amber falcon 7319"), "canary before"),
     "canary not learnt": (put("run.canary_after", "It is amber falcon 7318"), "canary after"),
@@ -255,3 +289,28 @@ def test_token_losses_of_unequal_number_are_infinitely_apart():
     assert rms([1.0, 2.0], [1.0, 2.5]) == pytest.approx(math.sqrt(0.125))
     assert rms([1.0], [1.0, 2.0]) == math.inf
     assert rms([], []) == math.inf
+
+
+def in_bf16_only(seen):
+    """As for an engine without fp32."""
+    seen.parity["bf16"] = {**seen.parity["fp32"], "reference_relative": 0.08, "reference_token_rms": 0.1}
+    seen.parity["fp32"] = None
+    seen.again["gradients"] = {"bf16": seen.again["gradients"].pop("fp32")}
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed", "refused"),
+    [
+        ("fed.packed.relative", 0.15, 0.17),
+        ("fed.accumulated.relative", 0.15, 0.17),
+        ("fed.accumulated.loss", 0.19, 0.21),
+        ("merged.distance", 0.09, 0.11),
+        ("loss", 4.019, 4.021),
+    ],
+)
+def test_an_engine_without_fp32_is_held_to_what_bf16_costs_the_reference(path, allowed, refused):
+    for value, passes in ((allowed, True), (refused, False)):
+        seen = in_bf16_only(good())
+        put(f"again.gradients.bf16.{path}", value)(seen)
+        assert (missed(seen) == []) is passes, (path, value, missed(seen))

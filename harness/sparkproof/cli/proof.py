@@ -117,3 +117,34 @@ def selftest_kernels(
             table.add_row(*line, f"{row['seconds']:.1f}")
         console.print(table)
     raise typer.Exit(0 if document["passed"] else 1)
+
+
+@selftest.command("train")
+def selftest_train(
+    engine: str = typer.Option("hf", help="Which engine the faults are planted into: hf or sparktune."),
+    json_out: bool = typer.Option(False, "--json", help="One JSON document instead of a table."),
+) -> None:
+    """Plant faults into a tiny training run on the CPU; exit 1 if the learning gate misses one."""
+    from sparkproof.judge import selftest_train as train
+    from sparkproof.session import default_cache_dir
+
+    with _working("planting faults") as progress:
+        document = train.in_process(engine, default_cache_dir(), progress)
+    if json_out:
+        print(json.dumps(document, indent=1))
+    else:
+        console = Console()
+        table = Table("fault", "caught", "by", "what it said", box=None)
+        for t in document["faults"]:
+            caught = "[green]yes[/green]" if t["caught"] else "[red]no[/red]"
+            table.add_row(escape(t["description"]), caught, escape(t["by"] or t["expected"]), escape(t["message"]))
+        console.print(table)
+        if document["unplanted"] != "passed":
+            console.print(
+                f"[red]the run without a fault {document['unplanted']}:[/red] {escape(document['unplanted_reason'])}"
+            )
+        console.print(
+            f"{document['caught']} of {document['total']} faults caught by the assertion that names them, engine {engine}; "
+            f"{document['seconds']:.0f} s."
+        )
+    raise typer.Exit(0 if document["passed"] else 1)

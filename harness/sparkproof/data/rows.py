@@ -47,6 +47,19 @@ class Batch:
         """Real tokens, padding not counted."""
         return sum(map(sum, self.attention_mask))
 
+    @property
+    def learnt(self) -> int:
+        """Labels that survive the shift by one."""
+        return sum(label != IGNORE for row in self.labels for label in row[1:])
+
+    @property
+    def misplaced(self) -> int:
+        """Labels that are neither -100 nor the token at their own place."""
+        pairs = (
+            p for ids, labels in zip(self.input_ids, self.labels, strict=True) for p in zip(ids, labels, strict=True)
+        )
+        return sum(label not in (IGNORE, token) for token, label in pairs)
+
 
 @dataclass(frozen=True)
 class TrainingData:

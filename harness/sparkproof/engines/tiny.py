@@ -1,0 +1,145 @@
+"""A tiny model of each family, made on the spot: transformers' own architecture with random weights, a real tokenizer.
+
+Nothing is downloaded. `tiny:llama` names a LlamaForCausalLM of two layers with what its family is known for (grouped queries,
+a window, soft caps, experts, latent attention ...). Weights are seeded and stored in bf16, so that the folder is a 16-bit base
+like any other; they are drawn wide enough for LoRA to steer a frozen, random head within some tens of steps.
+
+The tokenizer is SmolLM2's, cut to its first 1,024 tokens (those are its special tokens, the 256 bytes and the most frequent
+merges): real byte-level BPE with a real chat template, and logits that a CPU makes in no time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sparkproof.engines.pretrained import Pretrained
+from sparkproof.errors import UserError
+
+PREFIX = "tiny:"
+LAYOUT = 1  # raise when what is written below changes
+VOCABULARY = 1024
+SEED = 20
+COMMON: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "tie_word_embeddings": True,
+}  # fmt: skip
+LATENT: dict[str, Any] = {
+    "head_dim": 16, "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+    "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 32,
+}  # fmt: skip
+YARN: dict[str, Any] = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+# family -> (configuration class, what differs from COMMON)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {"sliding_window": 32, "tie_word_embeddings": False}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "sliding_window": 32, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, "query_pre_attn_scalar": 16,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+            },
+        },
+    ),
+    "phi3": ("Phi3Config", {"sliding_window": 256, "tie_word_embeddings": False}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "granite": (
+        "GraniteConfig",
+        {"embedding_multiplier": 2.0, "attention_multiplier": 0.25, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {**LATENT, "topk_method": "group_limited_greedy", "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}},
+    ),
+    "deepseek_v3": ("DeepseekV3Config", {**LATENT, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"], "attention_bias": True,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
+}  # fmt: skip
+
+
+def tiny(name: str, cache_dir: Path) -> Pretrained:
+    """The folder of `tiny:<family>`, made on first use (seconds). Errors: UserError for an unknown family."""
+    family = name.removeprefix(PREFIX)
+    if family not in FAMILIES:
+        raise UserError(f"There is no tiny model of '{family}'.", f"There is one of: {', '.join(FAMILIES)}.")
+    import transformers
+
+    recipe = [LAYOUT, VOCABULARY, SEED, COMMON, FAMILIES[family], transformers.__version__]
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    models = cache_dir / "models"
+    folder = models / f"tiny-{family}-{digest[:16]}"
+    models.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = Path(f"{folder}.part")
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            try:
+                make(family, partial)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return Pretrained(folder, name, digest, "none: random weights", "tiny")
+
+
+def make(family: str, out: Path) -> None:
+    """Write the model and its tokenizer to `out` as `from_pretrained` wants them."""
+    import torch
+    import transformers
+
+    tokenizer = make_tokenizer()
+    kind, changes = FAMILIES[family]
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = getattr(transformers, kind)(**{**COMMON, **changes, **ids, "vocab_size": len(tokenizer)})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():  # norms at 1 and biases at 0 would hide a wrong one
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def make_tokenizer() -> Any:
+    """SmolLM2's tokenizer with its first tokens only. Errors: UserError when its package is not installed."""
+    from gguf import GGUFReader
+
+    from sparkproof.engines.embedded import build_tokenizer, find_gguf
+
+    stored = GGUFReader(find_gguf()).fields
+    fields = {key: field.contents() for key, field in stored.items() if key.startswith("tokenizer.")}
+    for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
+        fields[key] = fields[key][:VOCABULARY]
+    known = set(fields["tokenizer.ggml.tokens"])
+    merges = [m for m in fields["tokenizer.ggml.merges"] if m.replace(" ", "", 1) in known]
+    fields["tokenizer.ggml.merges"] = [m for m in merges if set(m.split(" ", 1)) <= known]
+    return build_tokenizer(fields)
