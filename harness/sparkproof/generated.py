@@ -11,6 +11,7 @@ def documents() -> dict[str, str]:
     from sparkproof.cli.doctor_document import doctor_schema
     from sparkproof.cli.listing import scenario_schema
     from sparkproof.judge.selftest_train import selftest_schema
+    from sparkproof.report.compare import compare_schema
     from sparkproof.report.model import report_schema
 
     return {
@@ -19,6 +20,7 @@ def documents() -> dict[str, str]:
         "reports/schema/bench-ops-1.json": bench_schema(),
         "reports/schema/bench-train-1.json": train_schema(),
         "reports/schema/selftest-train-1.json": selftest_schema(),
+        "reports/schema/compare-1.json": compare_schema(),
         "reports/schema/doctor-1.json": doctor_schema(),
         "docs/failures.md": markdown(),
     }

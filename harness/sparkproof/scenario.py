@@ -132,6 +132,10 @@ class LearningGate(Strict):
         ge=0,
         description="Steps that a second fresh process repeats bit for bit; 0: the engine promises none.",
     )
+    no_packing: dict[EngineName, str] = Field(
+        default_factory=dict,
+        description="Engine -> why it is not held to learning from packed rows: a fault known of it.",
+    )
     parity_loss: float = Field(default=0.02, gt=0, description="Largest step-0 loss difference from hf, in nats.")
     parity_grad: float = Field(
         default=0.02, gt=0, description="Largest relative L2 difference of all LoRA gradients from hf."
@@ -142,7 +146,10 @@ class TrainScenario(ScenarioBase):
     """A short QLoRA run that must learn."""
 
     kind: Literal["train"]
-    model: str = Field(default="embedded:smollm2-135m", description="'embedded:smollm2-135m', a folder, or a hub id.")
+    model: str = Field(
+        default="embedded:smollm2-135m",
+        description="'embedded:smollm2-135m', 'tiny:<family>' (random weights, made on the spot), a folder, or a hub id.",
+    )
     revision: str = Field(default="", description="Hub commit of the model; required for a hub id.")
     engine: EngineName = Field(default="hf", description="Which engine trains.")
     dataset: str = Field(
@@ -164,7 +171,7 @@ class TrainScenario(ScenarioBase):
 
     @model_validator(mode="after")
     def _validate_revision(self) -> TrainScenario:
-        is_hub_id = "/" in self.model and not self.model.startswith(("embedded:", "/", "./", "~"))
+        is_hub_id = "/" in self.model and not self.model.startswith(("embedded:", "tiny:", "/", "./", "~"))
         if is_hub_id and not self.revision:
             raise ValueError("a hub model needs `revision`, the commit it was tested at")
         return self

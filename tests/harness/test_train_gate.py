@@ -314,3 +314,45 @@ def test_an_engine_without_fp32_is_held_to_what_bf16_costs_the_reference(path, a
         seen = in_bf16_only(good())
         put(f"again.gradients.bf16.{path}", value)(seen)
         assert (missed(seen) == []) is passes, (path, value, missed(seen))
+
+
+def test_an_engine_with_a_known_fault_is_not_held_to_packing_and_others_are():
+    gate_fields = scenario().gate.model_dump() | {"no_packing": {"hf": "its masks know no documents."}}
+    seen = good()
+    put("again.gradients.fp32.fed.packed.relative", 0.5)(seen)
+    assert missed(seen, gate=gate_fields) == []
+    assert any("packed" in name for name in missed(seen, gate=gate_fields, engine="unsloth"))
+
+
+@pytest.mark.parametrize(
+    ("family", "patched", "ran"),
+    [
+        ("phi3", "lora_qkv", "lora_linear"),
+        ("deepseek_v3", "lora_qkv", "lora_linear"),
+        ("qwen3", "rope", "qk_norm_rope"),
+        ("gpt_oss", "moe_mlp", "grouped_lora"),
+    ],
+)
+def test_families_that_run_another_op_are_held_to_that_one(family, patched, ran):
+    seen = good("sparktune", "gpu")
+    counts = {"triton": 3, "interpreter": 0, "reference": 0}
+    seen.run["ran"]["patches"] = {"family": family, "patched": {patched: 1}}
+    seen.run["ran"]["watermarks"] = {ran: counts}
+    assert missed(seen, engine="sparktune") == []
+    seen.run["ran"]["watermarks"] = {"rms_norm": counts}
+    assert missed(seen, engine="sparktune") != []
+    seen.run["ran"]["watermarks"] = {ran: {**counts, "triton": 2, "reference": 1}}
+    assert [name.split(":")[0] for name in missed(seen, engine="sparktune")] == [ran]
+
+
+def test_a_plain_familys_product_is_not_replaced_by_single_ones():
+    seen = good("sparktune", "gpu")
+    counts = {"triton": 3, "interpreter": 0, "reference": 0}
+    seen.run["ran"].update(patches={"family": "llama", "patched": {"lora_qkv": 1}}, watermarks={"lora_linear": counts})
+    assert [name.split(":")[0] for name in missed(seen, engine="sparktune")] == ["lora_qkv"]
+
+
+def test_calls_that_ran_module_by_module_fail_sparktune():
+    seen = good("sparktune", "gpu")
+    seen.run["ran"]["patches"]["fallbacks"] = {"attention: it has hooks": 3}
+    assert missed(seen, engine="sparktune") == ["sparktune: reasons for which calls ran module by module"]

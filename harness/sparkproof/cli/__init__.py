@@ -9,7 +9,7 @@ import traceback
 import typer
 
 from sparkproof import __version__
-from sparkproof.cli import bench, listing, machine, proof, validate
+from sparkproof.cli import bench, compare, listing, machine, proof, validate
 from sparkproof.errors import UserError
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ listing.register(app)
 machine.register(app)
 proof.register(app)
 bench.register(app)
+compare.register(app)
 
 
 def main() -> None:

@@ -19,8 +19,13 @@ class HfEngine:
     has_fp32 = True
 
     def load(self, spec: LoadSpec) -> tuple[nn.Module, Any]:
-        """Load with NF4 and nested statistics, after bitsandbytes' in-place repacking is switched off."""
+        """Load with NF4 and nested statistics, after bitsandbytes' in-place repacking is switched off.
+
+        transformers leaves experts in 16 bits; here they go into NF4 by bitsandbytes' own parametrisation, so that every
+        engine trains over the same base.
+        """
         from sparktune.quant.cpu_repack import assert_layout, keep_layout
+        from sparktune.quant.experts import quantise_experts
         from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
         keep_layout()
@@ -37,6 +42,8 @@ class HfEngine:
             quantization_config=quantization if spec.load_in_4bit else None,
         )
         assert_layout(model)
+        if spec.load_in_4bit:
+            quantise_experts(model)
         return model, AutoTokenizer.from_pretrained(spec.folder)
 
     def add_lora(self, model: nn.Module, spec: LoadSpec) -> nn.Module:

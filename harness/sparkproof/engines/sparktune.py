@@ -19,6 +19,7 @@ class SparktuneEngine(HfEngine):
     def load(self, spec: LoadSpec) -> tuple[nn.Module, Any]:
         """Load and patch; the counters of what runs start from zero here."""
         from sparktune import FastLanguageModel
+        from sparktune.models.projection import reset_fallbacks
         from sparktune.ops import dispatch
 
         loaded = FastLanguageModel.from_pretrained(
@@ -30,6 +31,7 @@ class SparktuneEngine(HfEngine):
             use_gradient_checkpointing=False,
         )
         dispatch.reset()
+        reset_fallbacks()
         return loaded
 
     def add_lora(self, model: nn.Module, spec: LoadSpec) -> nn.Module:
@@ -46,12 +48,13 @@ class SparktuneEngine(HfEngine):
         return lora
 
     def ran(self, model: nn.Module) -> Ran:
-        """The patch report and, per op, how often a kernel, the interpreter or the reference ran."""
+        """The patch report, calls that ran module by module, and per op how often a kernel or something else ran."""
         from sparktune import FastLanguageModel
+        from sparktune.models.projection import fallbacks
         from sparktune.ops import dispatch
 
         return Ran(
             mode="gpu" if torch.cuda.is_available() else "reference",
-            patches=FastLanguageModel.report(model).to_json(),
+            patches={**FastLanguageModel.report(model).to_json(), "fallbacks": fallbacks()},
             watermarks={op: {str(way): n for way, n in ways.items()} for op, ways in dispatch.watermarks().items()},
         )

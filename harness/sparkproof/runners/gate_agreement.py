@@ -97,7 +97,12 @@ def own_loss(s: TrainScenario, seen: Evidence) -> list[Assertion]:
 
 
 def packed(s: TrainScenario, seen: Evidence) -> list[Assertion]:
-    """Two conversations in one row, told apart by positions that start again, learn as in two rows."""
+    """Two conversations in one row, told apart by positions that start again, learn as in two rows.
+
+    An engine that the scenario excuses, with its reason, is not held to it; the result then says so.
+    """
+    if s.engine in s.gate.no_packing:
+        return []
     return _fed(s, seen, "packed", "rows packed into one", "A document that sees the one before it is a known cause.")
 
 

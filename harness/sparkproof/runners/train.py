@@ -177,7 +177,7 @@ def _train_and_judge(t: Training) -> CaseResult:
         next_step=_next_step(assertions, t),
         assertions=assertions,
         measurements=measurements(s, ran, outcome.peak_rss_gib),
-        notices=_notices(s, mode),
+        notices=_notices(s, mode, again),
         evidence=_evidence(ran, again, agreed),
         mode=mode,
         output_tail=outcome.output_tail if verdict is not Verdict.PASSED else "",
@@ -230,12 +230,20 @@ def _evidence(ran: dict[str, Any], again: dict[str, Any], agreed: dict[str, Any]
     }
 
 
-def _notices(s: TrainScenario, mode: str) -> list[str]:
+def _notices(s: TrainScenario, mode: str, again: dict[str, Any]) -> list[str]:
+    found = []
     if s.engine == "sparktune" and mode == "reference":
-        return ["No GPU: sparktune's plain PyTorch references ran, none of its kernels; this says nothing about speed."]
-    if mode == "host":
-        return ["No GPU: this ran on the CPU in fp32; it shows that the engine learns, nothing about speed."]
-    return []
+        found = [
+            "No GPU: sparktune's plain PyTorch references ran, none of its kernels; this says nothing about speed."
+        ]
+    elif mode == "host":
+        found = ["No GPU: this ran on the CPU in fp32; it shows that the engine learns, nothing about speed."]
+    if s.engine in s.gate.no_packing:
+        apart = Evidence({}, again, {}).closest[1]["fed"]["packed"]["relative"]
+        found.append(
+            f"Not held to packing: {s.gate.no_packing[s.engine]} Its gradients lay {apart:.2g} apart, relative L2."
+        )
+    return found
 
 
 def _next_step(assertions: list[Assertion], t: Training) -> str:
