@@ -116,12 +116,12 @@ print(json.dumps(selftest.one("swiglu")))
 
 
 def test_the_document_of_a_whole_op():
-    document = selftest.kernels(["swiglu"])
+    document = selftest.kernels(["quantize_scales"])
     assert document["schema"] == "sparkproof/selftest-kernels/2"
     assert document["passed"] and document["killed"] == document["total"] >= 8
     (row,) = document["ops"]
-    assert row["op"] == "swiglu" and not row["survivors"] and not row["error"]
-    assert {m["id"] for m in row["mutants"]} == {m.id for m in load_op("swiglu").mutants}
+    assert row["op"] == "quantize_scales" and not row["survivors"] and not row["error"]
+    assert {m["id"] for m in row["mutants"]} == {m.id for m in load_op("quantize_scales").mutants}
     assert all(m["by"] for m in row["mutants"])
     json.dumps(document)
 

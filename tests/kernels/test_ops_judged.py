@@ -10,9 +10,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),  # planted NaN and Inf
 ]
 SLOW_HERE = () if torch.cuda.is_available() else (pytest.mark.slow,)
-# Half a minute and more each in the interpreter; their own tests and cases run with the others.
-LONG = {"lora_mlp", "lora_qkv", "linear_cross_entropy", "cross_entropy", "grouped_lora", "swiglu_clamped", "adamw8bit"}
-OPS = [pytest.param(op, marks=SLOW_HERE if op in LONG else ()) for op in op_names()]
+# The others take twenty seconds and more each in the interpreter; their own tests and peers' cases run all the same.
+SHORT = {"rms_norm", "rope", "layer_norm", "quantize_4bit", "quantize_scales", "grad_norm", "moe_permute"}
+OPS = [pytest.param(op, marks=() if op in SHORT else SLOW_HERE) for op in op_names()]
 
 
 @pytest.mark.parametrize("op", OPS)
