@@ -28,7 +28,7 @@ from sparkproof.profiles import load_profile
 from sparkproof.report import record as records
 from sparkproof.report.views import write_all
 from sparkproof.rollback import manifest
-from sparkproof.scenario import Case, EngineName, Profile
+from sparkproof.scenario import Case, EngineName, Profile, TrainScenario
 from sparkproof.session import RunSession, Settings
 
 # Plugins that a run loads besides its own: names of modules or entry points, for those who embed it.
@@ -46,6 +46,7 @@ class Request:
     engine: str = ""
     model: str = ""
     revision: str = ""
+    model_dir: Path | None = None
     steps: int = 0
     resume: str = ""
     reports: Path = Path("reports")
@@ -62,6 +63,8 @@ class Request:
         if self.model:
             fields["model"] = self.model
             fields["revision"] = self.revision or ("main" if "/" in self.model else "")
+        if self.model_dir is not None:
+            fields["model_dir"] = str(self.model_dir.expanduser().resolve())
         if self.steps:
             fields["steps"] = self.steps
         return {"train": fields} if fields else {}
@@ -83,9 +86,26 @@ def select(request: Request, root: Path, profile: Profile) -> tuple[catalog.Cata
     cases = found.select(profile=profile, patterns=request.names, kinds=request.kinds, tags=request.tags)
     if request.engine:
         cases = [c for c in cases if getattr(c.scenario, "engine", None) == request.engine]
+    if request.model_dir is not None:
+        _one_model_for_one(request.model_dir, cases)
     if not cases and not found.problems:
         raise UserError("Nothing is selected.", "`sparkproof list` shows every case and its profile.")
     return found, cases
+
+
+def _one_model_for_one(model_dir: Path, cases: list[Case]) -> None:
+    """A folder that is one model can stand in for one. Errors: UserError for more, or for no folder."""
+    from sparkproof.engines.pretrained import is_hub_id, stand_in
+
+    wanted = sorted(
+        {c.scenario.model for c in cases if isinstance(c.scenario, TrainScenario) and is_hub_id(c.scenario.model)}
+    )
+    stand_in("owner/name", str(model_dir))
+    if len(wanted) > 1 and (model_dir / "config.json").is_file():
+        raise UserError(
+            f"{model_dir} is one model, and the cases selected train {len(wanted)}: {', '.join(wanted)}.",
+            "Name one scenario, or give the folder above it, which holds each under its own name.",
+        )
 
 
 def dry_run(request: Request) -> int:

@@ -151,6 +151,13 @@ class TrainScenario(ScenarioBase):
         description="'embedded:smollm2-135m', 'tiny:<family>' (random weights, made on the spot), a folder, or a hub id.",
     )
     revision: str = Field(default="", description="Hub commit of the model; required for a hub id.")
+    model_dir: str = Field(
+        default="",
+        description="Folder of local models that stand in for the hub's (--model-dir): the model itself, or holding "
+        "owner/name or name.",
+    )
+    licence: str = Field(default="", description="Licence of the hub model, as its page names it.")
+    gated: bool = Field(default=False, description="The hub asks for a token of an account that accepted the terms.")
     engine: EngineName = Field(default="hf", description="Which engine trains.")
     dataset: str = Field(
         default="chatterbot:english", description="'chatterbot:english', or a JSON Lines file of messages."

@@ -157,7 +157,7 @@ def rerun_command(name: str, settings: Settings) -> str:
     """The exact command that runs one case again."""
     parts = [program(), "validate", shlex.quote(name)]
     for fields in settings.overrides.values():
-        for key in ("model", "revision", "steps"):
+        for key in ("model", "revision", "model_dir", "steps"):
             if key in fields:
-                parts.append(f"--{key} {shlex.quote(str(fields[key]))}")
+                parts.append(f"--{key.replace('_', '-')} {shlex.quote(str(fields[key]))}")
     return " ".join(parts)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 from sparkproof.data.conversations import exchange, load_conversations
-from sparkproof.data.rows import CANARY_EVERY, IGNORE, collate, make_row, prompt_ids, training_data
+from sparkproof.data.rows import CANARY_EVERY, IGNORE, collate, make_row, training_data
 from sparkproof.errors import UserError
 from tiny_llama import make_tokenizer
 
@@ -28,7 +28,10 @@ def test_only_the_answer_is_learnt(tokenizer):
     assert tokenizer.decode(list(row.ids)).startswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nbye")
     assert all(label in (IGNORE, token) for token, label in zip(row.ids, row.labels, strict=True))
     assert row.learnt == len("bye") + 2
-    assert list(row.ids[: len(row.ids) - row.learnt]) == prompt_ids(tokenizer, "hello")
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True
+    )
+    assert list(row.ids[: len(row.ids) - row.learnt]) == row.prompt == tokenizer(asked)["input_ids"]
 
 
 def test_every_answer_of_a_longer_conversation_is_learnt(tokenizer):
@@ -166,3 +169,16 @@ def test_a_missing_file_and_a_folder(tmp_path):
         load_conversations(str(tmp_path / "none.jsonl"))
     with pytest.raises(UserError, match="can't be read"):
         load_conversations(str(tmp_path))
+
+
+def test_a_template_that_opens_an_answer_with_more_than_it_keeps(tokenizer, monkeypatch):
+    """As DeepSeek-R1's distillations do: the prompt ends in <think>, a finished turn has none."""
+    plain = make_row(tokenizer, exchange("hello", "good day"), 256)
+    head, tail = tokenizer.chat_template.rsplit("' }}{% endif %}", 1)
+    monkeypatch.setattr(tokenizer, "chat_template", f"{head}<think>' }}}}{{% endif %}}{tail}")
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
+    )
+    assert asked.endswith("<think>")
+    assert make_row(tokenizer, exchange("hello", "good day"), 256) == plain
+    assert tokenizer.decode(plain.prompt).endswith("assistant\n")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparkproof.data.conversations import Conversation, exchange
+from sparkproof.data.conversations import Conversation
 from sparkproof.errors import UserError
 
 IGNORE = -100
@@ -32,6 +32,11 @@ class Row:
     def learnt(self) -> int:
         """Tokens with a label that survive the shift by one."""
         return sum(label != IGNORE for label in self.labels[1:])
+
+    @property
+    def prompt(self) -> list[int]:
+        """What comes before the first token with a label."""
+        return list(self.ids[: next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.ids))])
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ def make_row(tokenizer: Any, conversation: Conversation, seq_len: int) -> Row:
     """Render with the chat template and mask all but the assistant's turns; at most `seq_len` tokens.
 
     The assistant's span of turn i is what the template adds between "all before i, and the prompt to answer" and "all
-    up to i". A template that rewrites earlier text when a turn is added has no such span and is refused.
+    up to i". A template may open the answer's prompt with more than it keeps in a finished turn (DeepSeek-R1's <think>): the
+    span then begins where the two part. One that rewrites earlier text when a turn is added has no such span and is refused.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -90,7 +96,9 @@ def make_row(tokenizer: Any, conversation: Conversation, seq_len: int) -> Row:
             continue
         before = _render(tokenizer, conversation[:end], prompt=True)
         after = _render(tokenizer, conversation[: end + 1], prompt=False)
-        if before[: len(ids)] != ids or after[: len(before)] != before:
+        earlier = _render(tokenizer, conversation[:end], prompt=False)
+        before = before[: _common(before, after)]
+        if before[: len(ids)] != ids or len(before) < len(earlier):
             raise UserError(
                 "The chat template changes earlier turns when one is added, so answers can't be told apart.",
                 "Use conversations of one exchange, or a template that only appends.",
@@ -100,14 +108,14 @@ def make_row(tokenizer: Any, conversation: Conversation, seq_len: int) -> Row:
     return Row(tuple(ids[:seq_len]), tuple(labels[:seq_len]))
 
 
+def _common(one: list[int], other: list[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def _render(tokenizer: Any, messages: Conversation, prompt: bool) -> list[int]:
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def prompt_ids(tokenizer: Any, question: str) -> list[int]:
-    """Tokens of one question, up to where the answer begins."""
-    return _render(tokenizer, exchange(question, "")[:1], prompt=True)
 
 
 def training_data(

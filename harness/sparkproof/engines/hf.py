@@ -22,13 +22,15 @@ class HfEngine:
         """Load with NF4 and nested statistics, after bitsandbytes' in-place repacking is switched off.
 
         transformers leaves experts in 16 bits; here they go into NF4 by bitsandbytes' own parametrisation, so that every
-        engine trains over the same base.
+        engine trains over the same base. A checkpoint with experts in MXFP4, which has no gradients, is dequantised first.
         """
         from sparktune.quant.cpu_repack import assert_layout, keep_layout
         from sparktune.quant.experts import quantise_experts
-        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Mxfp4Config
 
         keep_layout()
+        stored = getattr(AutoConfig.from_pretrained(spec.folder), "quantization_config", None) or {}
+        mxfp4 = stored.get("quant_method") == "mxfp4"
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -39,7 +41,7 @@ class HfEngine:
             spec.folder,
             dtype=spec.dtype,
             device_map={"": spec.device},
-            quantization_config=quantization if spec.load_in_4bit else None,
+            quantization_config=Mxfp4Config(dequantize=True) if mxfp4 else quantization if spec.load_in_4bit else None,
         )
         assert_layout(model)
         if spec.load_in_4bit:

@@ -36,11 +36,12 @@ class Pretrained:
         return {**asdict(self), "path": str(self.path)}
 
 
-def resolve(model: str, revision: str, cache_dir: Path) -> Pretrained:
+def resolve(model: str, revision: str, cache_dir: Path, model_dir: str = "") -> Pretrained:
     """Make `model` available as a folder and return it.
 
     `model` is 'embedded:smollm2-135m', 'tiny:<family>', a folder, or a hub id ('owner/name') with its commit in `revision`.
     `cache_dir` takes what is made here; hub models go into the hub's own cache (HF_HOME), where other tools find them.
+    A hub model that lies in `model_dir` is taken from there, and its `source` says so.
     Raises `UserError` with a fix when the model can't be had. Safe in several processes at once.
     """
     if model.startswith("embedded:"):
@@ -56,10 +57,28 @@ def resolve(model: str, revision: str, cache_dir: Path) -> Pretrained:
         with DiskErrors(f"making {model} in {cache_dir}"):
             return tiny(model, cache_dir)
     if is_hub_id(model):
+        local = stand_in(model, model_dir) if model_dir else None
+        if local is not None:
+            return from_folder(str(local))
         from sparkproof.engines.hub import from_hub
 
         return from_hub(model, revision)
     return from_folder(model)
+
+
+def stand_in(model: str, model_dir: str) -> Path | None:
+    """The folder under `model_dir` that stands in for the hub's `model`: itself, <owner>/<name> or <name>; None: not there.
+
+    Errors: UserError when there is no such folder at all.
+    """
+    root = Path(model_dir).expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"The folder of models '{model_dir}' does not exist.", "Give --model-dir a folder that is there."
+        )
+    if (root / "config.json").is_file():
+        return root
+    return next((path for path in (root / model, root / model.split("/")[1]) if path.is_dir()), None)
 
 
 def is_hub_id(model: str) -> bool:

@@ -173,6 +173,7 @@ def _export_and_judge(e: Export) -> CaseResult:
         {
             "model": e.source.model,
             "revision": e.source.revision,
+            "model_dir": e.source.model_dir,
             "cache_dir": str(e.context.cache_dir),
             "adapter": str(e.adapter),
             "format": scenario.format,

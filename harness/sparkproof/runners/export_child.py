@@ -18,11 +18,14 @@ EXTRA_TOKENS = 3  # room after the canary's answer, as in training
 
 
 def write(payload: dict[str, Any]) -> dict[str, Any]:
-    """Export the adapter in the scenario's format. Keys: model, revision, cache_dir, adapter, format, out."""
+    """Export the adapter in the scenario's format.
+
+    Keys: model, revision, model_dir (optional), cache_dir, adapter, format, out.
+    """
     from sparktune.export import NoSpaceError, export_adapter, export_gguf, export_merged
 
     try:
-        base = resolve(payload["model"], payload["revision"], Path(payload["cache_dir"]))
+        base = resolve(payload["model"], payload["revision"], Path(payload["cache_dir"]), payload.get("model_dir", ""))
         adapter, out = Path(payload["adapter"]), Path(payload["out"])
         progress(f"exporting {payload['format']}")
         with under_test(f"exporting {payload['format']}"):

@@ -107,7 +107,7 @@ class Training:
         return found
 
 
-_REFERENCE_FIELDS = {"model", "revision", "dataset", "steps", "batch", "seq_len", "seed", "load_in_4bit"}
+_REFERENCE_FIELDS = {"model", "model_dir", "revision", "dataset", "steps", "batch", "seq_len", "seed", "load_in_4bit"}
 
 
 def run(case: Case, context: Context) -> CaseResult:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkproof.data.conversations import exchange, load_conversations
-from sparkproof.data.rows import TrainingData, make_row, prompt_ids, training_data
+from sparkproof.data.rows import TrainingData, make_row, training_data
 from sparkproof.engines.pretrained import resolve
 from sparkproof.errors import UserError
 from sparkproof.runners.child import progress, under_test
@@ -33,7 +33,11 @@ class Bench:
         self.scenario = s = TrainScenario.model_validate(payload["scenario"])
         self.engine = engine(engine_name or s.engine)
         progress("finding the model")
-        self.pretrained = resolve(s.model, s.revision, Path(payload["cache_dir"]))
+        self.pretrained = resolve(s.model, s.revision, Path(payload["cache_dir"]), s.model_dir)
+        if self.pretrained.source in ("hub", "folder"):
+            from sparkproof.engines.need import need_memory
+
+            need_memory(self.pretrained.path, s)
         self.spec = LoadSpec(
             folder=self.pretrained.path,
             load_in_4bit=s.load_in_4bit,
@@ -69,9 +73,10 @@ class Bench:
         return self.spec.compute == "fp32" or not self.engine.has_fp32
 
     def answer(self) -> str:
-        """What the model says to the canary's question, greedily, in as many tokens as the answer has and 3 more."""
-        ids = prompt_ids(self.tokenizer, self.scenario.gate.canary_prompt)
-        room = len(self.tokenizer(self.scenario.gate.canary_answer)["input_ids"]) + 3
+        """What the model says to the canary's question, greedily, in as many tokens as the answer's turn has and 3 more."""
+        gate = self.scenario.gate
+        row = make_row(self.tokenizer, exchange(gate.canary_prompt, gate.canary_answer), self.scenario.seq_len)
+        ids, room = row.prompt, row.learnt + 3
         with under_test("generating"), self.spec.autocast():
             out = self.engine.generate(self.model, self.tokenizer, ids, room)
         return str(self.tokenizer.decode(out, skip_special_tokens=True))
