@@ -95,7 +95,8 @@ def test_the_account_names_what_has_no_lora_and_what_else_is_trained(model):
     assert len(lora_account(model, SEVEN)["other_trainable"]) == 1
     for parameter in lora_parameters(model).values():
         parameter.requires_grad_(False)
-    assert len(lora_account(model, SEVEN)["without_lora"]) == 14
+    frozen = lora_account(model, SEVEN)
+    assert (len(frozen["frozen"]), frozen["without_lora"]) == (28, [])  # LoRA is there, and can't learn
 
 
 def test_the_learning_rate_rises_then_falls():

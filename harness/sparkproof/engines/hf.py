@@ -26,7 +26,8 @@ class HfEngine:
         """
         from sparktune.quant.cpu_repack import assert_layout, keep_layout
         from sparktune.quant.experts import quantise_experts
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Mxfp4Config
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+        from transformers.utils.quantization_config import Mxfp4Config
 
         keep_layout()
         stored = getattr(AutoConfig.from_pretrained(spec.folder), "quantization_config", None) or {}
