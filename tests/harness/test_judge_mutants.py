@@ -79,6 +79,7 @@ def attempt(*planted, **changes):
 """
 
 
+@pytest.mark.slow
 def test_survivors_planting_errors_and_broken_controls_are_told_apart():
     seen = in_interpreter(
         PLANT

@@ -11,7 +11,7 @@ pytestmark = [
 ]
 SLOW_HERE = () if torch.cuda.is_available() else (pytest.mark.slow,)
 # The others take twenty seconds and more each in the interpreter; their own tests and peers' cases run all the same.
-SHORT = {"rms_norm", "rope", "layer_norm", "quantize_4bit", "quantize_scales", "grad_norm", "moe_permute"}
+SHORT = {"rms_norm", "quantize_4bit", "quantize_scales", "grad_norm"}
 OPS = [pytest.param(op, marks=() if op in SHORT else SLOW_HERE) for op in op_names()]
 
 

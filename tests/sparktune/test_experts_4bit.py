@@ -37,7 +37,7 @@ def pair(family, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("adapted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_loss_and_gradients_are_those_of_the_weights_that_4_bits_say(family, adapted):
     theirs, ours = pair(family, target_modules=ATTENTION, **({} if adapted else {"target_parameters": []}))
     batch = {"input_ids": tokens(), "labels": tokens()}

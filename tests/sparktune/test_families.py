@@ -9,6 +9,11 @@ from sparktune.ops import dispatch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 every = pytest.mark.parametrize("family", FAMILIES)
+# One of each kind of layer with the fast tests; the others take minutes together.
+KINDS = {"llama", "qwen3", "gemma2", "gpt_oss"}
+each_kind = pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in KINDS else pytest.mark.slow) for f in FAMILIES]
+)
 
 
 @every
@@ -28,7 +33,7 @@ def test_loss_and_gradients_are_those_of_transformers(family):
     assert dispatch.watermarks()["linear_cross_entropy"]
 
 
-@every
+@each_kind
 def test_in_bf16_it_is_no_further_from_the_truth_than_twice_transformers(family):
     truth, _ = twins(family)
     theirs, ours = twins(family, torch.bfloat16)
@@ -48,7 +53,7 @@ def test_in_bf16_it_is_no_further_from_the_truth_than_twice_transformers(family)
         assert (own[name] - grad).norm() / norm <= 2 * (grads[name] - grad).norm() / norm + 8e-3, name
 
 
-@every
+@each_kind
 def test_packed_documents_are_those_documents_alone(family):
     theirs, ours = twins(family)
     lengths = (7, 1, 11, 5)
@@ -80,7 +85,7 @@ def test_packed_documents_are_those_documents_alone(family):
         assert distance < 2e-5, (way, name)
 
 
-@every
+@each_kind
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(family, side):
     theirs, ours = twins(family)
@@ -102,7 +107,7 @@ def test_padding_changes_nothing(family, side):
     assert again == pytest.approx(loss.item(), rel=1e-6 if routers(ours) else 0, abs=0)
 
 
-@every
+@each_kind
 def test_twenty_steps_follow_transformers(family):
     curves = []
     for model in twins(family):
@@ -122,7 +127,7 @@ def test_twenty_steps_follow_transformers(family):
     assert theirs[-1] < 0.8 * theirs[0]
 
 
-@every
+@each_kind
 def test_generation_and_logits_are_those_of_transformers(family):
     model = build(family)
     ids = tokens(2, 9)
