@@ -17,7 +17,6 @@ Source of the idea: Korthikanti et al., "Reducing Activation Recomputation in La
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,11 +117,8 @@ def assign(backbone: Any, batch: int, length: int) -> None:
     key = (budget, batch, length)
     if getattr(backbone, "_sparktune_kept_for", None) == key:
         return
-    if budget == 0 or math.isinf(budget):
-        kept = [ALL if budget else NONE] * len(layers)
-    else:
-        itemsize = next(backbone.parameters()).dtype.itemsize
-        kept = spend(budget, batch * length, length, [layer.shape_of(min(4, itemsize)) for layer in layers])
+    itemsize = next(backbone.parameters()).dtype.itemsize
+    kept = spend(budget, batch * length, length, [layer.shape_of(min(4, itemsize)) for layer in layers])
     for layer, keep in zip(layers, kept, strict=True):
         layer.keep = keep
     backbone._sparktune_kept_for = key
