@@ -84,6 +84,7 @@ class PreNormLayer(OpByOpLayer):
         """Widths, for the memory budget."""
         a, c = self.self_attn, self.self_attn.config
         heads, kv = c.num_attention_heads, c.num_key_value_heads
+        normed = hasattr(a, "q_norm")  # not QK_NORM: attention with a forward of its own is not swapped, and has none
         return LayerShape(
-            c.hidden_size, heads * a.head_dim, kv * a.head_dim, heads, c.intermediate_size, bool(a.QK_NORM), itemsize
+            c.hidden_size, heads * a.head_dim, kv * a.head_dim, heads, c.intermediate_size, normed, itemsize
         )
