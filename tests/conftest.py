@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def own_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`rollback --own` removes what the manifest lists: under test that must never be the developer's own."""
+    """`uninstall` removes what the manifest lists: under test that must never be the developer's own."""
     state = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("SPARKPROOF_MANIFEST", str(state / "manifest.jsonl"))
     monkeypatch.setenv("SPARKPROOF_LOCK_DIR", str(state / "locks"))

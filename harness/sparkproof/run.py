@@ -201,8 +201,7 @@ def _own(reports: Path | None) -> None:
     with suppress(OSError):
         if reports is not None:
             manifest.add(reports, "reports")
-        if (Path(sys.prefix) / "sparkproof-setup.json").exists():
-            manifest.add(sys.prefix, "venv")
+    manifest.add_own_environment()
 
 
 def resume(request: Request, facts: Facts) -> Controller:

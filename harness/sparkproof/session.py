@@ -88,7 +88,7 @@ class RunSession:
         return result
 
     def _own(self) -> None:
-        """Put what this run makes outside its reports on the list of ours, so that `rollback --own` finds it."""
+        """Put what this run makes outside its reports on the list of ours, so that `uninstall` finds it."""
         if not self.settings.cache_dir.exists():
             with suppress(OSError):  # a list that can't be written must not stop a run
                 self.settings.cache_dir.mkdir(parents=True)

@@ -2,11 +2,13 @@
 
 import posixpath
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparkproof.rollback import snapshot, standin, undo
 from sparkproof.rollback.model import Snapshot
+from sparkproof.rollback.steps import Group
 
 SITE = "lib/python3.12/site-packages"
 
@@ -105,8 +107,9 @@ class Machine:
         snapshot.save(self.snap(), self.path)
         return snapshot.load(self.path)
 
-    def rollback(self, before: Snapshot, **options: object) -> undo.Outcome:
-        return undo.rollback(before, self.path, env=self.env, **options)  # type: ignore[arg-type]
+    def rollback(self, before: Snapshot, include: Collection[Group] = ("packages",), **options: object) -> undo.Outcome:
+        """As `sparkproof uninstall --include packages` does."""
+        return undo.uninstall(before, self.path, env=self.env, include=include, **options)  # type: ignore[arg-type]
 
     def tree(self) -> dict[str, bytes | str]:
         """All there is, for comparing before and after: path -> content or link target."""

@@ -7,7 +7,7 @@ import pytest
 from rollback_machine import SITE, Machine
 from sparkproof.errors import UserError
 from sparkproof.rollback import journal, tree, undo
-from sparkproof.rollback.plan import Step
+from sparkproof.rollback.steps import ASKED, Step
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_dry_run_is_the_default_and_changes_nothing(machine: Machine) -> None:
     machine.install("torch")
     seen = machine.tree()
     outcome = machine.rollback(before)
-    assert outcome.exit_code == 1 and [s.title for s in outcome.plan.steps] == ["torch 1.0"]
+    assert not outcome.carried_out and [s.title for s in outcome.plan.steps] == ["torch 1.0"]
     assert outcome.plan.bytes > 0 and machine.tree() == seen and not journal.path_for(machine.path).exists()
 
 
@@ -47,11 +47,11 @@ def test_everything_new_goes_and_the_tree_is_as_before(machine: Machine) -> None
     machine.put(machine.home / ".triton/cache/AAA/k.cubin")
     machine.put(machine.work / "unsloth_compiled_cache/T.py")
     (machine.hub / "models--x/empty/folder").mkdir(parents=True)
-    outcome = machine.rollback(before, yes=True, include_caches=True)
+    outcome = machine.rollback(before, yes=True, include=ASKED)
     assert outcome.exit_code == 0, why(outcome)
     assert outcome.diff.is_empty and machine.tree() == seen
     assert outcome.removed_entries > 15 and not journal.path_for(machine.path).exists()
-    again = machine.rollback(before, yes=True, include_caches=True)
+    again = machine.rollback(before, yes=True, include=ASKED)
     assert again.exit_code == 0 and again.removed_entries == 0 and machine.tree() == seen
 
 
@@ -78,8 +78,8 @@ def test_caches_need_their_own_word(machine: Machine) -> None:
     seen, before = machine.tree(), machine.before()
     new = machine.put(machine.hub / "models--new/blobs/bb", "downloaded since")
     outcome = machine.rollback(before, yes=True)
-    assert outcome.exit_code == 1 and new.exists() and "--include-caches" in why(outcome)
-    outcome = machine.rollback(before, yes=True, include_caches=True)
+    assert new.exists() and not outcome.diff.is_empty and [s.group for s in outcome.plan.offered] == ["caches"]
+    outcome = machine.rollback(before, yes=True, include=ASKED)
     assert outcome.exit_code == 0 and machine.tree() == seen
 
 
@@ -94,7 +94,7 @@ def test_links_out_of_a_cache_are_removed_not_followed(machine: Machine) -> None
     before = machine.before()
     (machine.hub / "to-folder").symlink_to(outside.parent)
     (machine.hub / "to-file").symlink_to(outside)
-    assert machine.rollback(before, yes=True, include_caches=True).exit_code == 0
+    assert machine.rollback(before, yes=True, include=ASKED).exit_code == 0
     assert outside.read_text() == "years of work" and not (machine.hub / "to-folder").is_symlink()
 
 
@@ -104,8 +104,8 @@ def test_a_cache_that_became_a_link_is_left_alone(machine: Machine) -> None:
     cache = machine.home / ".cache/huggingface"
     cache.rename(machine.root / "moved")
     cache.symlink_to(machine.root / "disk")
-    outcome = machine.rollback(before, yes=True, include_caches=True)
-    assert outcome.exit_code == 1 and elsewhere.exists() and "leads to" in why(outcome)
+    outcome = machine.rollback(before, yes=True, include=ASKED)
+    assert not outcome.diff.is_empty and elsewhere.exists() and "leads to" in why(outcome)
 
 
 def test_a_cache_that_always_was_a_link_is_worked_in(machine: Machine) -> None:
@@ -113,7 +113,7 @@ def test_a_cache_that_always_was_a_link_is_worked_in(machine: Machine) -> None:
     (machine.home / ".triton").symlink_to(machine.root / "disk/triton")
     before = machine.before()
     new = machine.put("disk/triton/new.cubin")
-    assert machine.rollback(before, yes=True, include_caches=True).exit_code == 0
+    assert machine.rollback(before, yes=True, include=ASKED).exit_code == 0
     assert kept.exists() and not new.exists() and (machine.home / ".triton").is_symlink()
 
 
@@ -121,7 +121,7 @@ def test_a_folder_swapped_for_a_link_after_planning_is_refused(machine: Machine)
     outside = machine.put("outside/config.json")
     before = machine.before()
     machine.put(machine.hub / "models--new/config.json")
-    step = next(s for s in machine.rollback(before, include_caches=True).plan.steps if s.kind == "cache")
+    step = next(s for s in machine.rollback(before, include=ASKED).plan.steps if s.kind == "cache")
     (machine.hub / "models--new/config.json").unlink()
     (machine.hub / "models--new").rmdir()
     (machine.hub / "models--new").symlink_to(outside.parent)
@@ -164,7 +164,7 @@ def test_a_record_that_claims_what_was_there_before(machine: Machine) -> None:
 def test_a_file_that_changed_after_planning_stays(machine: Machine) -> None:
     before = machine.before()
     new = machine.put(machine.hub / "new.bin", "one")
-    step = next(s for s in machine.rollback(before, include_caches=True).plan.steps if s.kind == "cache")
+    step = next(s for s in machine.rollback(before, include=ASKED).plan.steps if s.kind == "cache")
     new.write_text("written again since, longer")
     with tree.opened(step.place) as fd:
         assert tree.remove(fd, "hub/new.bin", step.paths["hub/new.bin"]) == "it changed since the plan was made"
@@ -176,8 +176,8 @@ def test_old_cache_files_that_changed_or_went_are_named(machine: Machine) -> Non
     before = machine.before()
     (machine.hub / "models--my--own/blobs/aa").write_text("overwritten since")
     other.unlink()
-    outcome = machine.rollback(before, yes=True, include_caches=True)
-    assert outcome.exit_code == 1 and "old content is not kept" in why(outcome) and "are gone" in why(outcome)
+    outcome = machine.rollback(before, yes=True, include=ASKED)
+    assert not outcome.diff.is_empty and "old content is not kept" in why(outcome) and "are gone" in why(outcome)
     assert (machine.hub / "models--my--own/blobs/aa").exists()
 
 
@@ -192,7 +192,7 @@ def test_a_name_that_is_not_utf8(machine: Machine) -> None:
     before = machine.before()
     odd = os.fsencode(machine.hub) + b"/caf\xe9.bin"
     Path(os.fsdecode(odd)).write_bytes(b"x")
-    assert machine.rollback(before, yes=True, include_caches=True).exit_code == 0
+    assert machine.rollback(before, yes=True, include=ASKED).exit_code == 0
     assert odd not in [os.fsencode(p) for p in machine.hub.rglob("*")]
 
 
@@ -208,8 +208,8 @@ def test_an_unreadable_folder_is_unknown_and_untouched(machine: Machine, monkeyp
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    outcome = machine.rollback(before, yes=True, include_caches=True)
-    assert outcome.exit_code == 1 and new.exists() and "Permission denied" in why(outcome)
+    outcome = machine.rollback(before, yes=True, include=ASKED)
+    assert not outcome.diff.is_empty and new.exists() and "Permission denied" in why(outcome)
 
 
 def test_another_machine_user_or_environment_is_refused(machine: Machine) -> None:
@@ -258,9 +258,9 @@ def test_interrupted_and_run_again(machine: Machine, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(tree, "remove", remove)
         with pytest.raises(KeyboardInterrupt):
-            machine.rollback(before, yes=True, include_caches=True)
+            machine.rollback(before, yes=True, include=ASKED)
     assert journal.path_for(machine.path).exists() and machine.tree() != seen
-    outcome = machine.rollback(before, yes=True, include_caches=True)
+    outcome = machine.rollback(before, yes=True, include=ASKED)
     assert outcome.exit_code == 0 and outcome.resumed == 1, why(outcome)
     assert machine.tree() == seen and not journal.path_for(machine.path).exists()
 
@@ -303,7 +303,7 @@ def test_a_forged_journal_removes_nothing_that_was_there(machine: Machine) -> No
         for step in steps:
             log._write({"id": steps.index(step) + 1, "event": "begin", "step": step.model_dump(mode="json")})
         raise RuntimeError
-    outcome = machine.rollback(before, yes=True, include_caches=True, own=True)
+    outcome = machine.rollback(before, yes=True, include=ASKED)
     assert outcome.resumed == 4 and own.exists() and blob.exists() and outside.exists()
 
 
@@ -321,7 +321,7 @@ def test_two_at_once(machine: Machine) -> None:
     before = machine.before()
     with (
         journal.opened(journal.path_for(machine.path), before),
-        pytest.raises(UserError, match="Another rollback"),
+        pytest.raises(UserError, match="Another uninstall"),
     ):
         machine.rollback(before, yes=True)
 

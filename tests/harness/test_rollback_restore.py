@@ -1,12 +1,14 @@
 """What changed version or went: put back if possible, named if not. And what belongs to others."""
 
+import os
 from pathlib import Path
 
 import pytest
 from rollback_machine import Machine
-from sparkproof.rollback import diff, manifest
-from sparkproof.rollback.model import Engine, Snapshot
+from sparkproof.rollback import diff, environment, manifest
+from sparkproof.rollback.model import Engine, Snapshot, Thing
 from sparkproof.rollback.plan import make
+from sparkproof.rollback.steps import ASKED
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def test_a_changed_version_without_pip_or_uv_is_named(machine: Machine) -> None:
     machine.uninstall("numpy", "1.26.4")
     machine.install("numpy", "2.5.5")
     outcome = machine.rollback(before, yes=True)
-    assert outcome.exit_code == 1 and (machine.site / "numpy-2.5.5.dist-info").exists()
+    assert not outcome.diff.is_empty and (machine.site / "numpy-2.5.5.dist-info").exists()
     assert [left.what for left in outcome.left] == ["numpy 1.26.4 (now 2.5.5)"]
     assert "neither pip" in outcome.left[0].why
 
@@ -89,8 +91,35 @@ def test_packages_of_apt_and_conda_stay(machine: Machine) -> None:
     machine.install("numpy", installer="debian")
     machine.install("scipy", installer="conda")
     outcome = machine.rollback(before, yes=True)
-    assert outcome.exit_code == 1 and (machine.site / "numpy").exists() and (machine.site / "scipy").exists()
+    assert not outcome.diff.is_empty and (machine.site / "numpy").exists() and (machine.site / "scipy").exists()
     assert {left.why for left in outcome.left} == {"it belongs to apt", "it belongs to conda"}
+
+
+def test_a_file_that_the_user_changed_stays_even_at_the_second_run(machine: Machine) -> None:
+    before = machine.before()
+    machine.install("torch")
+    module, record = machine.site / "torch/__init__.py", machine.site / "torch-1.0.dist-info/RECORD"
+    later = record.stat().st_mtime + 60
+    module.write_text(module.read_text().replace("stand-in", "my work!"))  # as long as it was
+    os.utime(module, (later, later))
+    for _ in range(2):
+        outcome = machine.rollback(before, yes=True)
+        assert "my work!" in module.read_text() and not record.exists()
+        assert [(left.what, left.why) for left in outcome.left] == [
+            (str(module), "it was changed since torch 1.0 was installed")
+        ]
+        assert outcome.exit_code == 0 and not outcome.diff.is_empty
+    module.unlink()
+    assert machine.rollback(before, yes=True).diff.is_empty
+    assert not (machine.root / "snapshot.json.kept").exists() and not module.parent.exists()
+
+
+def test_a_file_that_was_only_touched_goes(machine: Machine) -> None:
+    before = machine.before()
+    machine.install("torch")
+    later = (machine.site / "torch-1.0.dist-info/RECORD").stat().st_mtime + 60
+    os.utime(machine.site / "torch/__init__.py", (later, later))
+    assert machine.rollback(before, yes=True).diff.is_empty
 
 
 def test_one_without_record_is_named(machine: Machine) -> None:
@@ -107,7 +136,7 @@ def test_lost_metadata_does_not_make_old_files_new(machine: Machine) -> None:
     for path in sorted(info.iterdir()):
         path.unlink()
     info.rmdir()
-    machine.rollback(before, yes=True, include_caches=True)
+    machine.rollback(before, yes=True, include=ASKED)
     assert (machine.site / "mine/__init__.py").exists()
 
 
@@ -121,9 +150,10 @@ def test_container_things_are_named_with_the_command(machine: Machine) -> None:
     now = Engine(
         name="docker",
         installed=True,
-        images={"sha256:" + "ab" * 32: ("nvcr.io/nvidia/pytorch:25.11-py3", 20 * 2**30)},
-        containers={"cd" * 32: ("train (pytorch)", 0)},
-        volumes={"hf": ("hf", 0)},
+        images={"sha256:" + "ab" * 32: Thing(label="nvcr.io/nvidia/pytorch:25.11-py3", bytes=20 * 2**30)},
+        containers={"cd" * 32: Thing(label="train (pytorch)")},
+        volumes={"hf": Thing(label="hf")},
+        networks={"ef" * 32: Thing(label="net")},
     )
     plan, difference = make(before, with_engines(base, now), env=machine.env)
     assert not plan.steps and not difference.is_empty
@@ -131,6 +161,7 @@ def test_container_things_are_named_with_the_command(machine: Machine) -> None:
         "docker rmi abababababab",
         "docker rm " + "cd" * 32,
         "docker volume rm hf",
+        "docker network rm " + "ef" * 32,
     ]
 
 
@@ -158,8 +189,10 @@ def test_own_things_go_when_asked(machine: Machine, our_list: Path) -> None:
     manifest.add(reports, "reports")
     manifest.add(single, "file")
     assert len(manifest.entries()) == 2
-    assert machine.rollback(before, yes=True).exit_code == 0 and reports.exists()
-    outcome = machine.rollback(before, yes=True, own=True)
+    assert machine.rollback(before, yes=True).exit_code == 0 and reports.exists() and not single.exists()
+    single = machine.put("checkout/latest.txt")
+    manifest.add(single, "file")
+    outcome = machine.rollback(before, yes=True, include=ASKED)
     assert outcome.exit_code == 0, outcome.left
     assert not reports.exists() and not single.exists() and beside.exists()
 
@@ -172,11 +205,46 @@ def test_what_lies_where_ours_was_is_not_ours(machine: Machine, our_list: Path) 
     theirs = machine.put("checkout/reports/thesis.txt")
     other = machine.root / "linked"
     other.symlink_to(theirs.parent)
-    machine.rollback(before, yes=True, own=True)
+    machine.rollback(before, yes=True, include=ASKED)
     assert theirs.exists() and manifest.ours() == []
+    manifest.add(theirs, "file")
     with our_list.open("a") as f:
         f.write('{"path": "torn')
     assert len(manifest.entries()) == 1
+
+
+def test_a_file_of_ours_that_its_user_changed_stays(machine: Machine, our_list: Path) -> None:
+    before = machine.before()
+    ours = machine.put("checkout/settings.toml", "ours")
+    manifest.add(ours, "file")
+    ours.write_text("the user's own words")
+    outcome = machine.rollback(before, yes=True)
+    assert ours.exists() and "changed since sparkproof wrote it" in outcome.left[0].why
+
+
+def test_an_environment_of_ours_goes_whole_and_last_and_is_no_user_environment(
+    machine: Machine, our_list: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = machine.put("checkout/.venv/pyvenv.cfg").parent
+    machine.put("checkout/.venv/lib/python3.12/site-packages/x.py")
+    machine.put("checkout/.venv/sparkproof-setup.json", "{}")
+    cache = machine.put("elsewhere/model.gguf").parent
+    manifest.add(ours, "venv")
+    manifest.add(cache, "cache")
+    assert str(ours) not in environment.default_roots({"VIRTUAL_ENV": str(ours)}, str(machine.home))
+    outcome = machine.rollback(machine.before(), yes=True)
+    assert not ours.exists() and not cache.exists() and not our_list.exists(), outcome.left
+    assert [s.title.split()[1] for s in outcome.plan.steps] == ["cache", "environment"]
+    assert list(outcome.plan.steps[-1].paths)[-2:] == ["pyvenv.cfg", "sparkproof-setup.json"]
+
+
+def test_reports_need_their_own_word(machine: Machine, our_list: Path) -> None:
+    before = machine.before()
+    reports = machine.put("checkout/reports/run/record.jsonl").parent.parent
+    manifest.add(reports, "reports")
+    outcome = machine.rollback(before, yes=True)
+    assert reports.exists() and [s.group for s in outcome.plan.offered] == ["reports"]
+    assert machine.rollback(before, yes=True, include=("reports",)).exit_code == 0 and not reports.exists()
 
 
 def test_adding_what_is_not_there_is_an_error(our_list: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""`sparkproof doctor`, `facts`, `snapshot` and `rollback`: about the machine rather than about a run."""
+"""`sparkproof doctor`, `facts`, `snapshot`, `uninstall` and `verify-rollback`: about the machine rather than about a run."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import typer
@@ -14,7 +15,8 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
     app.command()(facts)
     app.command()(snapshot)
-    app.command()(rollback)
+    app.command()(uninstall)
+    app.command("verify-rollback")(verify_rollback)
 
 
 def doctor(
@@ -61,21 +63,39 @@ def snapshot(
     force: bool = typer.Option(False, help="Replace an earlier snapshot, which is the way back."),
     json_out: bool = typer.Option(False, "--json", help="Print the document."),
 ) -> None:
-    """Record what an installation can change: packages, caches, containers, system packages. Changes nothing."""
-    from sparkproof.cli import rollback as module
+    """Record what an installation can change, so that it can be undone and that be proven. Changes nothing."""
+    from sparkproof.cli import way_back as module
 
     raise typer.Exit(module.snapshot(out, environment or None, json_out, force))
 
 
-def rollback(
+def uninstall(
     snapshot_file: Path = typer.Argument(None, help="The snapshot to go back to.", show_default=False),
-    yes: bool = typer.Option(False, "--yes", help="Carry it out; without it, only shown."),
-    include_caches: bool = typer.Option(False, help="Also what is new in caches, where your own models may lie."),
-    own: bool = typer.Option(False, help="Also all that sparkproof made: its environment, caches and reports."),
+    yes: bool = typer.Option(False, "--yes", help="Carry it out without asking."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Only show."),
+    include: list[str] = typer.Option(
+        [], help="Also what may be yours (may be repeated): packages and caches, of what is new there, or reports."
+    ),
     environment: list[Path] = typer.Option([], help="Only this environment (may be repeated)."),
+    json_out: bool = typer.Option(False, "--json", help="As JSON; asks nothing."),
+) -> None:
+    """Take off what sparkproof made, and, if asked for, what came since the snapshot; shown first."""
+    from sparkproof.cli import way_back as module
+
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    code = module.uninstall(
+        snapshot_file, yes=yes, dry_run=dry_run, include=include, environment=environment or None, json=json_out,
+        ask=(lambda question: typer.confirm(question, default=False)) if terminal else None,
+    )  # fmt: skip
+    raise typer.Exit(code)
+
+
+def verify_rollback(
+    snapshot_file: Path = typer.Argument(None, help="The snapshot to compare with.", show_default=False),
+    forget: bool = typer.Option(False, "--forget", help="If nothing differs, remove the snapshot too."),
     json_out: bool = typer.Option(False, "--json", help="As JSON."),
 ) -> None:
-    """Show the way back to a snapshot, or go it; exit 1 while leftovers remain."""
-    from sparkproof.cli import rollback as module
+    """Prove that this machine is as the snapshot recorded it; exit 1 if anything differs or could not be read."""
+    from sparkproof.cli import way_back as module
 
-    raise typer.Exit(module.rollback(snapshot_file, yes, include_caches, own, environment or None, json_out))
+    raise typer.Exit(module.verify_rollback(snapshot_file, json_out, forget))

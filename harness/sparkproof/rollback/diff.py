@@ -6,130 +6,33 @@ means that everything was read twice and is the same.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
 
-from pydantic import ConfigDict, Field
-
-from sparkproof.results import Strict
-from sparkproof.rollback import tree
-from sparkproof.rollback.model import Cache, Distribution, Engine, Environment, Snapshot, Stamps
+from sparkproof.rollback import diff_host, tree
+from sparkproof.rollback.model import AREAS, Area, Cache, Distribution, Environment, Snapshot, Stamps
+from sparkproof.rollback.parts import Diff, Item, Part
 
 Changes = tuple[Stamps, Stamps, Stamps]  # added, removed, changed
-SHOWN = 12  # rows a part in the text; the JSON has all
-
-
-class Item(Strict):
-    """One thing that differs."""
-
-    name: str
-    detail: str = ""
-    bytes: int = Field(default=0, description="Size of it now (of what went, before).")
-
-
-class Part(Strict):
-    """One comparable part of the machine."""
-
-    area: str = Field(description="python, files, caches, containers, dpkg, profiles")
-    place: str = Field(description="Environment, folder or engine.")
-    unknown: str = Field(default="", description="Why nothing can be said; empty: it was read both times.")
-    added: list[Item] = Field(default_factory=list)
-    removed: list[Item] = Field(default_factory=list)
-    changed: list[Item] = Field(default_factory=list)
-
-    @property
-    def state(self) -> Literal["equal", "differs", "unknown"]:
-        """One word for it."""
-        if self.unknown:
-            return "unknown"
-        return "differs" if self.added or self.removed or self.changed else "equal"
-
-
-class Diff(Strict):
-    """All parts, equal ones too."""
-
-    schema_: Literal["sparkproof-diff/1"] = Field(default="sparkproof-diff/1", alias="schema")
-    before: str = Field(description="When the first snapshot was taken.")
-    after: str
-    parts: list[Part] = Field(default_factory=list)
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-    @property
-    def is_empty(self) -> bool:
-        """Everything that was asked for was read both times and is equal; a diff without parts shows nothing and is
-        not empty.
-        """
-        return bool(self.parts) and all(p.state == "equal" for p in self.parts)
-
-    @property
-    def added_bytes(self) -> int:
-        """Bytes of all that came."""
-        return sum(i.bytes for p in self.parts for i in p.added)
-
-    def of(self, area: str) -> list[Part]:
-        """The parts of one area."""
-        return [p for p in self.parts if p.area == area]
-
-    def text(self) -> str:
-        """For a person: one paragraph a part that differs or is unknown, and a last line that sums up."""
-        lines: list[str] = []
-        for part in self.parts:
-            lines += _part_lines(part)
-        counts = Counter(p.state for p in self.parts)
-        if self.is_empty:
-            lines.append(f"Nothing differs: {counts['equal']} parts were read twice and are equal.")
-        else:
-            lines.append(
-                f"{counts['differs']} parts differ ({size(self.added_bytes)} came), {counts['unknown']} are unknown, "
-                f"{counts['equal']} are equal."
-            )
-        return "\n".join(lines)
-
-
-def size(number: float) -> str:
-    """Bytes for people, in powers of 1024."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(number) < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.2f} GiB"
-
-
-def _part_lines(part: Part) -> Iterator[str]:
-    if part.state == "equal":
-        return
-    yield f"{part.area} {part.place}"
-    if part.unknown:
-        yield f"  unknown: {part.unknown}"
-    for sign, items in (("+", part.added), ("-", part.removed), ("~", part.changed)):
-        if not items:
-            continue
-        for i in sorted(items, key=lambda i: (-i.bytes, i.name))[:SHOWN]:
-            detail = f"  {i.detail}" if i.detail else ""
-            yield f"  {sign} {i.name}{detail}{'  ' + size(i.bytes) if i.bytes else ''}"
-        if len(items) > SHOWN:
-            total = size(sum(i.bytes for i in items))
-            yield f"  {sign} ... and {len(items) - SHOWN} more; in all {len(items)}, {total}"
 
 
 def diff(before: Snapshot, after: Snapshot) -> Diff:
     """Compare. What only one of both looked at is unknown."""
     found = Diff(before=before.taken, after=after.taken)
-    for area in [
-        a for a in ("python", "caches", "containers", "dpkg", "profiles") if a in {*before.areas, *after.areas}
-    ]:
+    by_area: dict[Area, Callable[[Snapshot, Snapshot], Iterator[Part]]] = {
+        "python": _python,
+        "caches": _caches,
+        "containers": diff_host.containers,
+        "dpkg": diff_host.dpkg,
+        "profiles": diff_host.profiles,
+        "variables": diff_host.variables,
+        "processes": diff_host.processes,
+        "gpu": diff_host.gpu,
+    }
+    for area in [a for a in AREAS if a in {*before.areas, *after.areas}]:
         if area not in before.areas or area not in after.areas:
             found.parts.append(Part(area=area, place="", unknown="it was looked at in one of both snapshots only"))
-            continue
-        found.parts += {
-            "python": _python,
-            "caches": _caches,
-            "containers": _engines,
-            "dpkg": _dpkg,
-            "profiles": _profiles,
-        }[area](before, after)
+        else:
+            found.parts += by_area[area](before, after)
     return found
 
 
@@ -265,50 +168,11 @@ def _caches(before: Snapshot, after: Snapshot) -> Iterator[Part]:
         if why := why_unknown(a, b):
             yield Part(area="caches", place=root, unknown=why)
         elif a is not None and b is not None:
-            part = _files("caches", root, compare(a.listing, b.listing))
-            if a.present != b.present and part.state == "equal":
+            added, removed, changed = compare(a.listing, b.listing)
+            # what went from our own cache is no loss
+            part = _files("caches", root, (added, {} if a.own else removed, {} if a.own else changed))
+            if a.own:
+                part.added = [i.model_copy(update={"ours": True}) for i in part.added]
+            if a.present != b.present and part.state == "equal" and (b.present or not a.own):
                 (part.added if b.present else part.removed).append(Item(name=".", detail="the folder itself, empty"))
             yield part
-
-
-def _engines(before: Snapshot, after: Snapshot) -> Iterator[Part]:
-    olds, news = ({e.name: e for e in s.engines} for s in (before, after))
-    for name in sorted({*olds, *news}):
-        a, b = olds.get(name) or Engine(name=name), news.get(name) or Engine(name=name)
-        if a.not_read or b.not_read:
-            yield Part(area="containers", place=name, unknown=f"not read: {a.not_read or b.not_read}")
-            continue
-        part = Part(area="containers", place=name)
-        for kind in ("images", "containers", "volumes"):
-            x, y = getattr(a, kind), getattr(b, kind)
-            word = kind[:-1]
-            part.added += [Item(name=f"{word} {y[k][0]}", detail=k, bytes=y[k][1]) for k in sorted(set(y) - set(x))]
-            part.removed += [Item(name=f"{word} {x[k][0]}", detail=k, bytes=x[k][1]) for k in sorted(set(x) - set(y))]
-        yield part
-
-
-def _dpkg(before: Snapshot, after: Snapshot) -> Iterator[Part]:
-    a, b = before.dpkg, after.dpkg
-    if a.not_read or b.not_read:
-        yield Part(area="dpkg", place="", unknown=f"not read: {a.not_read or b.not_read}")
-        return
-    x, y = a.packages, b.packages
-    yield Part(
-        area="dpkg",
-        place="",
-        added=[Item(name=n, detail=y[n]) for n in sorted(set(y) - set(x))],
-        removed=[Item(name=n, detail=x[n]) for n in sorted(set(x) - set(y))],
-        changed=[Item(name=n, detail=f"was {x[n]}, is {y[n]}") for n in sorted(set(x) & set(y)) if x[n] != y[n]],
-    )
-
-
-def _profiles(before: Snapshot, after: Snapshot) -> Iterator[Part]:
-    a, b = before.profiles, after.profiles
-    for path in dict.fromkeys([*a.files, *a.not_read, *b.files, *b.not_read]):
-        part = Part(area="profiles", place=path)
-        if path in a.not_read or path in b.not_read or path not in a.files or path not in b.files:
-            part.unknown = f"not read: {a.not_read.get(path) or b.not_read.get(path) or 'in one of both only'}"
-        elif a.files[path] != b.files[path]:
-            target = part.added if not a.files[path] else part.removed if not b.files[path] else part.changed
-            target.append(Item(name=path))
-        yield part

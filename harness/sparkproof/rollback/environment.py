@@ -21,18 +21,22 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from sparkproof.rollback import tree
+from sparkproof.rollback import manifest, tree
 from sparkproof.rollback.model import Distribution, Environment
 
 _VARIES = ("INSTALLER", "REQUESTED", "RECORD", "direct_url.json", "uv_cache.json")  # between two installs of one wheel
 
 
 def default_roots(env: Mapping[str, str], home: str) -> list[str]:
-    """The active environment (VIRTUAL_ENV or CONDA_PREFIX, else the one sparkproof runs in), and what `pip install
-    --user` fills.
+    """The active environment (VIRTUAL_ENV or CONDA_PREFIX, else the one sparkproof runs in), what `pip install --user` fills,
+    and /usr/local, which `sudo pip install` does.
+
+    An environment of sparkproof's own is none of them: it goes as a whole, and its content proves nothing.
     """
-    active = env.get("VIRTUAL_ENV") or env.get("CONDA_PREFIX") or sys.prefix
-    return list(dict.fromkeys([os.path.abspath(active), os.path.join(home, ".local")]))
+    active = env.get("VIRTUAL_ENV") or env.get("CONDA_PREFIX") or (sys.prefix if sys.prefix != sys.base_prefix else "")
+    ours = {e.path for e in manifest.ours() if e.kind == "venv"}
+    roots = [os.path.abspath(active)] if active and os.path.realpath(active) not in ours else []
+    return list(dict.fromkeys([*roots, os.path.join(home, ".local"), "/usr/local"]))
 
 
 def read(root: str | Path, deadline: float = float("inf")) -> Environment:

@@ -1,8 +1,6 @@
-"""Read what lies outside Python: containers, Debian packages, shell profiles. Nothing here is ever removed, only
-compared.
-"""
+"""Read what lies outside Python: Debian packages, start-up files, variables. Nothing here is ever removed, only compared."""
 
-# ruff: noqa: PTH110, PTH118
+# ruff: noqa: PTH118
 # Paths are plain text in this file: Path would fold or reject what must be compared exactly.
 from __future__ import annotations
 
@@ -13,14 +11,19 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
 
-from sparkproof.rollback.model import Dpkg, Engine, Machine, Profiles
+from sparkproof.rollback.model import Dpkg, Machine, Profiles, Variables
 
 PROFILE_FILES = (
     ".bashrc", ".bash_profile", ".bash_login", ".profile", ".zshenv", ".zshrc", ".zprofile", ".config/fish/config.fish",
 )  # fmt: skip
-ENGINE_TIMEOUT_S = 3
+SYSTEM_FILES = ("/etc/environment", "/etc/profile", "/etc/bash.bashrc", "/etc/zsh/zshenv", "/etc/zsh/zshrc")
+DROP_INS = ("/etc/profile.d", "/etc/ld.so.conf.d", ".config/environment.d")
+PATH_LIKE = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
+MOVED_BY = (
+    "BNB_", "CUDA", "CUDNN", "DOCKER_", "HF_", "HUGGINGFACE_", "LD_", "NCCL_", "NVIDIA_", "OLLAMA_", "PIP_", "PYTHON", "PYTORCH",
+    "TORCH", "TRANSFORMERS_", "TRITON_", "UNSLOTH_", "UV_", "VLLM_",
+)  # fmt: skip
 
 
 def machine() -> Machine:
@@ -34,9 +37,12 @@ def machine() -> Machine:
 
 
 def profiles(home: str) -> Profiles:
-    """Digests of the shell profiles and of /etc/environment."""
+    """Digests of the files that set up this user's shells and sessions, and the loader's search path."""
     found = Profiles()
-    for path in [*(os.path.join(home, f) for f in PROFILE_FILES), "/etc/environment"]:
+    paths = [*(os.path.join(home, f) for f in PROFILE_FILES), *SYSTEM_FILES]
+    for folder in DROP_INS:
+        paths += sorted(str(p) for p in Path(home, folder).glob("*") if p.is_file())
+    for path in paths:
         try:
             found.files[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
         except FileNotFoundError:
@@ -61,49 +67,12 @@ def dpkg() -> Dpkg:
     return Dpkg(installed=True, packages=packages, digest=hashlib.sha256(text.encode()).hexdigest())
 
 
-def engines(env: Mapping[str, str]) -> list[Engine]:
-    """Docker and Podman, each by its own socket."""
-    runtime = env.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
-    docker_sockets = ["/var/run/docker.sock", f"{runtime}/docker.sock"]
-    podman_sockets = [f"{runtime}/podman/podman.sock", "/run/podman/podman.sock"]
-    return [
-        _engine("docker", env.get("DOCKER_HOST") or _first_socket(docker_sockets)),
-        _engine("podman", env.get("CONTAINER_HOST") or _first_socket(podman_sockets)),
-    ]
-
-
-def _first_socket(paths: list[str]) -> str:
-    return next((f"unix://{p}" for p in paths if os.path.exists(p)), "")
-
-
-def _engine(name: Literal["docker", "podman"], address: str) -> Engine:
-    engine = Engine(name=name, installed=bool(address or shutil.which(name)))
-    if not engine.installed:
-        return engine
-    if not address:
-        start = "sudo systemctl start docker" if name == "docker" else "systemctl --user start podman.socket"
-        engine.not_read = f"{name} is installed but no socket of it was found ({start})"
-        return engine
-    try:
-        import docker
-
-        client = docker.DockerClient(base_url=address, timeout=ENGINE_TIMEOUT_S)
-        try:
-            _read_engine(client, engine)
-        finally:
-            client.close()
-    except Exception as e:  # the SDK raises its own, requests' and urllib3's errors
-        engine.not_read = f"{name} at {address}: {' '.join(str(e).split())[:300]}"
-    return engine
-
-
-def _read_engine(client: Any, engine: Engine) -> None:
-    """Through the low-level API: one request a list, no inspection of every image."""
-    for i in client.api.images(all=False):
-        tags = [t for t in i.get("RepoTags") or [] if t != "<none>:<none>"]
-        engine.images[i["Id"]] = (", ".join(tags) or "<untagged>", int(i.get("Size") or 0))
-    for c in client.api.containers(all=True):
-        names = ", ".join(n.lstrip("/") for n in c.get("Names") or [])
-        engine.containers[c["Id"]] = (f"{names} ({c.get('Image', '')})", 0)
-    for v in client.api.volumes().get("Volumes") or []:
-        engine.volumes[v["Name"]] = (v["Name"], 0)
+def variables(env: Mapping[str, str]) -> Variables:
+    """Those variables of `env` that move a fine-tuning stack."""
+    found = Variables()
+    for name, value in sorted(env.items()):
+        if name in PATH_LIKE:
+            found.values[name] = value
+        elif name.startswith(MOVED_BY):
+            found.values[name] = "digest " + hashlib.sha256(value.encode(errors="surrogateescape")).hexdigest()[:12]
+    return found

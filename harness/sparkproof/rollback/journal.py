@@ -1,4 +1,4 @@
-"""The memory of a rollback: each step is written down before it begins and when it has ended, with fsync.
+"""The memory of a way back: each step is written down before it begins and when it has ended, with fsync.
 
 After a power cut the next run finds the step that began and did not end, and finishes it first: files of a
 distribution whose metadata is already gone are known from here alone. The file is locked while in use, and removed
@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from sparkproof.errors import UserError
 from sparkproof.rollback.model import Snapshot
-from sparkproof.rollback.plan import Step
+from sparkproof.rollback.steps import Step
 
 
 def fingerprint(snapshot: Snapshot) -> str:
@@ -48,7 +48,7 @@ class Journal:
                 continue
             if entry.get("snapshot") != self._snapshot:
                 raise UserError(
-                    f"{self._path} belongs to a rollback to another snapshot that was interrupted.",
+                    f"{self._path} belongs to a way back to another snapshot that was interrupted.",
                     "Finish that one first with its own snapshot, or delete the journal.",
                 )
             self._count = max(self._count, entry["id"])
@@ -86,6 +86,38 @@ class Journal:
         self.unfinished = []
 
 
+def kept_path(snapshot_path: Path) -> Path:
+    """Where the files are named that a way back left to the user, because the user had changed them."""
+    return snapshot_path.with_name(snapshot_path.name + ".kept")
+
+
+def kept(snapshot_path: Path) -> dict[str, str]:
+    """Those files, by path, with the reason. A damaged list is an error: without it a second run would remove them."""
+    path = kept_path(snapshot_path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return {str(k): str(v) for k, v in data.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(
+            f"The list of files that stay, {path}, can't be read: {e}.", "Look at it, then delete it."
+        ) from None
+
+
+def keep(snapshot_path: Path, files: dict[str, str]) -> None:
+    """Write them down before anything is removed: their distribution's RECORD, which tells that they changed, goes."""
+    if not files:
+        return
+    path = kept_path(snapshot_path)
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as f:
+        json.dump({**kept(snapshot_path), **files}, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(path)
+
+
 def path_for(snapshot_path: Path) -> Path:
     """Where the journal of a snapshot lies: beside it."""
     return snapshot_path.with_name(snapshot_path.name + ".journal")
@@ -93,10 +125,11 @@ def path_for(snapshot_path: Path) -> Path:
 
 @contextlib.contextmanager
 def opened(path: Path, snapshot: Snapshot) -> Iterator[Journal]:
-    """Lock and open; remove the file when all went to its end. Errors: UserError for a second rollback at the same
+    """Lock and open; remove the file when all went to its end. Errors: UserError for a second way back at the same
     time.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed below, and kept open for its lock
     except OSError as e:
         raise UserError(
@@ -106,6 +139,6 @@ def opened(path: Path, snapshot: Snapshot) -> Iterator[Journal]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError("Another rollback to this snapshot is running.", "Wait for it to end.") from None
+            raise UserError("Another uninstall is running.", "Wait for it to end.") from None
         yield Journal(file, path, fingerprint(snapshot))
         path.unlink(missing_ok=True)

@@ -6,10 +6,13 @@ An entry remembers the device and inode of what it names. If something else lies
 # Paths are plain text in this file: Path would fold or reject what must be compared exactly.
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import json
 import os
+import stat
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +20,9 @@ import platformdirs
 from pydantic import Field, ValidationError
 
 from sparkproof.results import Strict
+from sparkproof.rollback import tree
 
+SETUP_MARK = "sparkproof-setup.json"  # what scripts/setup_env.py leaves in an environment that it made
 Kind = Literal["cache", "venv", "reports", "file"]
 
 
@@ -29,6 +34,7 @@ class Entry(Strict):
     added: str = Field(description="When, UTC, ISO 8601.")
     device: int
     inode: int
+    seen: str = Field(default="", description="Of a file: what it was then, so that a change by its user is noticed.")
 
     @property
     def still_ours(self) -> bool:
@@ -55,9 +61,10 @@ def add(path: str | Path, kind: Kind) -> Entry:
     real = os.path.realpath(path)
     st = os.lstat(real)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    entry = Entry(path=real, kind=kind, added=now, device=st.st_dev, inode=st.st_ino)
-    known = {(e.path, e.device, e.inode) for e in entries()}
-    if (entry.path, entry.device, entry.inode) not in known:
+    seen = tree.stamp(st) if stat.S_ISREG(st.st_mode) else ""
+    entry = Entry(path=real, kind=kind, added=now, device=st.st_dev, inode=st.st_ino, seen=seen)
+    known = {(e.path, e.device, e.inode, e.seen) for e in entries()}
+    if (entry.path, entry.device, entry.inode, entry.seen) not in known:
         target = manifest_path()
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target, "a", encoding="utf-8") as f:
@@ -86,3 +93,10 @@ def entries() -> list[Entry]:
 def ours() -> list[Entry]:
     """What is recorded and still lies there, unchanged in identity."""
     return [e for e in {e.path: e for e in entries()}.values() if e.still_ours]
+
+
+def add_own_environment() -> None:
+    """List the environment that `make setup` made, if sparkproof runs from it. A list that can't be written is no error."""
+    with contextlib.suppress(OSError):
+        if sys.prefix != sys.base_prefix and Path(sys.prefix, SETUP_MARK).exists():
+            add(sys.prefix, "venv")

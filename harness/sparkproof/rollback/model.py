@@ -12,9 +12,9 @@ from pydantic import ConfigDict, Field
 
 from sparkproof.results import Strict
 
-SCHEMA = "sparkproof-snapshot/1"
-Area = Literal["python", "caches", "containers", "dpkg", "profiles"]
-AREAS: tuple[Area, ...] = ("python", "caches", "containers", "dpkg", "profiles")
+SCHEMA = "sparkproof-snapshot/2"
+Area = Literal["python", "caches", "containers", "dpkg", "profiles", "variables", "processes", "gpu"]
+AREAS: tuple[Area, ...] = ("python", "caches", "containers", "dpkg", "profiles", "variables", "processes", "gpu")
 
 Stamps = dict[str, str]
 """Relative path -> what is there: 'f:size:mtime_ns', 'l:target' (a link, never followed), 'd' (an empty folder), 'm'
@@ -85,14 +85,29 @@ class Cache(Strict):
     not_read: str = ""
 
 
+class Thing(Strict):
+    """One object of a container engine."""
+
+    label: str = Field(description="For people: tags of an image, name and image of a container.")
+    bytes: int = Field(
+        default=0, description="Of an image, what only it holds; layers shared with others do not count."
+    )
+    ours: bool = Field(default=False, description="It carries the label io.sparkproof.project=sparkproof.")
+    running: bool = Field(default=False, description="A container that runs.")
+    tags: list[str] = Field(default_factory=list, description="Of an image.")
+
+
 class Engine(Strict):
-    """What a container engine holds: identifier -> (label for people, bytes)."""
+    """What a container engine holds, by identifier."""
 
     name: Literal["docker", "podman"]
     installed: bool = False
-    images: dict[str, tuple[str, int]] = Field(default_factory=dict)
-    containers: dict[str, tuple[str, int]] = Field(default_factory=dict)
-    volumes: dict[str, tuple[str, int]] = Field(default_factory=dict)
+    address: str = Field(default="", description="Of its API; empty if none was found.")
+    images: dict[str, Thing] = Field(default_factory=dict)
+    containers: dict[str, Thing] = Field(default_factory=dict)
+    volumes: dict[str, Thing] = Field(default_factory=dict)
+    networks: dict[str, Thing] = Field(default_factory=dict)
+    build_cache_bytes: int = Field(default=0, description="Of all builds on this machine; it carries no labels.")
     not_read: str = ""
 
 
@@ -106,18 +121,50 @@ class Dpkg(Strict):
 
 
 class Profiles(Strict):
-    """Digest of each file that sets variables for a shell; never its content, which may hold secrets. Empty: no such
-    file.
+    """Digest of each file that sets variables for a shell, a session or the loader; never its content, which may hold
+    secrets. Empty: no such file.
     """
 
     files: dict[str, str] = Field(default_factory=dict)
     not_read: dict[str, str] = Field(default_factory=dict)
 
 
+class Variables(Strict):
+    """Variables of the process that looked, of those that move CUDA, Python and the fine-tuning libraries.
+
+    Digests of values, for a value may hold a password; search paths, which hold none, are kept as they are.
+    """
+
+    values: dict[str, str] = Field(default_factory=dict)
+
+
+class Process(Strict):
+    """One process of this user that a fine-tuning stack may have left running."""
+
+    name: str
+    why: str = Field(description="What makes it count: it holds a GPU, or its program lies in an environment.")
+
+
+class Processes(Strict):
+    """By 'pid@start', so that a number used again is another process. The one that looks and its parents are left out."""
+
+    found: dict[str, Process] = Field(default_factory=dict)
+    not_read: str = ""
+
+
+class GpuMemory(Strict):
+    """What GPUs hold, by NVML: bytes in use by device (None: this driver does not tell, as GB10's does not), and by process."""
+
+    installed: bool = False
+    devices: dict[str, int | None] = Field(default_factory=dict)
+    processes: dict[str, int] = Field(default_factory=dict, description="'pid name' -> bytes, 0 if not told.")
+    not_read: str = ""
+
+
 class Snapshot(Strict):
     """The whole."""
 
-    schema_: Literal["sparkproof-snapshot/1"] = Field(default="sparkproof-snapshot/1", alias="schema")
+    schema_: Literal["sparkproof-snapshot/2"] = Field(default="sparkproof-snapshot/2", alias="schema")
     taken: str = Field(description="When, UTC, ISO 8601.")
     took_s: float = 0.0
     sparkproof: str = ""
@@ -130,5 +177,8 @@ class Snapshot(Strict):
     engines: list[Engine] = Field(default_factory=list)
     dpkg: Dpkg = Field(default_factory=Dpkg)
     profiles: Profiles = Field(default_factory=Profiles)
+    variables: Variables = Field(default_factory=Variables)
+    processes: Processes = Field(default_factory=Processes)
+    gpu: GpuMemory = Field(default_factory=GpuMemory)
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)

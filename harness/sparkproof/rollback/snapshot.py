@@ -19,14 +19,14 @@ from pydantic import ValidationError
 
 from sparkproof import __version__
 from sparkproof.errors import UserError
-from sparkproof.rollback import caches, environment, host
+from sparkproof.rollback import caches, engines, environment, host, running
 from sparkproof.rollback.model import AREAS, SCHEMA, Area, Snapshot
 
 BUDGET_S = 8.0
 
 
 def default_path() -> Path:
-    """Where `sparkproof snapshot` writes, and `sparkproof rollback` looks, unless told otherwise."""
+    """Where `sparkproof snapshot` writes, and `uninstall` and `verify-rollback` look, unless told otherwise."""
     return Path(platformdirs.user_state_dir("sparkproof")) / "snapshot.json"
 
 
@@ -67,13 +67,24 @@ def take(
         folders = {**caches.roots(env, home, cwd), **(also_caches or {})}
         found.caches = [caches.read(r, n, deadline) for r, n in folders.items()]
     if "containers" in chosen:
-        found.engines = host.engines(env)
+        found.engines = engines.read_all(env)
     if "dpkg" in chosen:
         found.dpkg = host.dpkg()
     if "profiles" in chosen:
         found.profiles = host.profiles(home)
+    if "variables" in chosen:
+        found.variables = host.variables(env)
+    if "processes" in chosen:
+        found.processes = running.processes(os.path.realpath(r) for r in roots)
+    if "gpu" in chosen:
+        found.gpu = running.gpu_memory()
     found.took_s = round(time.monotonic() - start, 3)
     return found
+
+
+def nothing() -> Snapshot:
+    """A snapshot that looked at nothing, so that nothing but what is ours can be told from what was there before."""
+    return Snapshot(taken="never", machine=host.machine(), home=str(Path.home()), cwd="/", areas=[])
 
 
 def again(before: Snapshot, env: Mapping[str, str] | None = None) -> Snapshot:

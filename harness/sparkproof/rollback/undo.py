@@ -7,36 +7,42 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparkproof.errors import UserError
-from sparkproof.rollback import environment, host, journal, manifest, plan, snapshot, tree
-from sparkproof.rollback.diff import Diff
+from sparkproof.rollback import engines, environment, host, journal, manifest, plan, snapshot, tree
 from sparkproof.rollback.model import Snapshot
-from sparkproof.rollback.plan import Left, Plan, Step
+from sparkproof.rollback.parts import Diff
+from sparkproof.rollback.plan_python import protected
+from sparkproof.rollback.steps import Group, Left, Plan, Step
 
 RESTORE_TIMEOUT_S = 1800
 
 
 @dataclass
 class Outcome:
-    """How a rollback ended, or, for a dry run, what it would do."""
+    """How a way back ended, or, for a dry run, what it would do."""
 
     plan: Plan
     diff: Diff
     carried_out: bool = False
     resumed: int = 0
     removed_entries: int = 0
+    removed_objects: int = 0
     removed_bytes: int = 0
     restored: list[str] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
-        """0: nothing is left. 1: something differs or is unknown (or would still be removed)."""
-        return int(not self.diff.is_empty or (bool(self.plan.steps) and not self.carried_out) or bool(self.left))
+        """Carried out: 0 if all that was asked for is gone, 1 if something of it refused. Only shown: 0.
+
+        What stays because nobody asked for it, or because a user changed it, is told and no failure; whether the machine
+        is as it was is what `verify-rollback` says.
+        """
+        return int(self.carried_out and any(left.failed for left in self.left))
 
 
 def check(before: Snapshot, environments: list[str] | None = None, home: str | None = None) -> None:
@@ -70,13 +76,13 @@ def check(before: Snapshot, environments: list[str] | None = None, home: str | N
             )
 
 
-def rollback(
+def uninstall(
     before: Snapshot,
     snapshot_path: Path,
     *,
     yes: bool = False,
-    include_caches: bool = False,
-    own: bool = False,
+    include: Collection[Group] = (),
+    ours: bool = True,
     environments: list[str] | None = None,
     env: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -84,19 +90,22 @@ def rollback(
     """Go back to `before`; without `yes`, only say how. Run it again after an interruption: it goes on where it
     stopped.
 
-    `environments` narrows it to some of those that the snapshot covers. `env`: variables for pip and for finding
-    caches.
+    `include`: groups to remove beside what is ours. `ours=False`: only those, for a machine inside this one, such as a test's.
+    `environments` narrows it to some of those that the snapshot covers.
+    `env`: variables for pip, for finding caches and engines. `snapshot_path`: the journal lies beside it.
     """
     check(before, environments)
     whole = before
     if environments:
         chosen = {os.path.abspath(e) for e in environments}
         before = before.model_copy(update={"environments": [e for e in before.environments if e.root in chosen]})
-    options = {"include_caches": include_caches, "own": own, "env": env}
 
     def planned() -> tuple[Plan, Diff]:
-        progress("comparing with the snapshot")
-        return plan.make(before, snapshot.again(before, env), **options)  # type: ignore[arg-type]
+        progress("comparing with the snapshot" if before.areas else "looking for what is ours")
+        after = snapshot.again(before, env)
+        if ours and not before.areas:
+            after.engines = engines.read_all(os.environ if env is None else env)
+        return plan.make(before, after, include=include, ours=ours, env=env, kept=journal.kept(snapshot_path))
 
     first, difference = planned()
     if not yes:
@@ -105,39 +114,54 @@ def rollback(
     with journal.opened(journal.path_for(snapshot_path), whole) as log:
         failed: list[Left] = []
         stuck: set[tuple[str, ...]] = set()
+
+        def carry_out(step: Step, words: str) -> None:
+            progress(f"{words} {step.title}")
+            with log.step(step):
+                refused = _carry_out(step, whole, env, outcome)
+            if refused:
+                stuck.add(_key(step))
+                failed.extend(refused)
+
         if log.unfinished:
             for step in log.unfinished:
-                if step.kind != "restore" and (again := _proven(step, whole, own)):
+                if step.kind != "restore" and (again := _proven(step, whole)):
                     progress(f"finishing {step.title}")
-                    failed += _remove(again, whole, outcome)
+                    failed += _carry_out(again, whole, env, outcome)
                 outcome.resumed += 1
             log.close_unfinished()
             first, _ = planned()
+        journal.keep(snapshot_path, first.kept)
         restores = [s for s in first.steps if s.kind == "restore"]
         for step in restores:
-            progress(f"putting back {step.title}")
-            with log.step(step):
-                refused = _restore(step, env, outcome)
-                stuck |= {_key(step)} if refused else set()
-                failed += refused
+            carry_out(step, "putting back")
         final = planned()[0] if restores else first
+        journal.keep(snapshot_path, final.kept)
         for step in final.steps:
-            if step.kind == "restore":
-                continue
-            progress(f"removing {step.title}")
-            with log.step(step):
-                refused = _remove(step, whole, outcome)
-                stuck |= {_key(step)} if refused else set()
-                failed += refused
+            if step.kind != "restore":
+                carry_out(step, "removing")
         last, outcome.diff = planned()
+    if ours:
+        _tidy(snapshot_path)
     known = {left.what for left in failed}
-    outcome.left = failed + [left for left in last.left if left.what not in known]
+    outcome.left = [f.model_copy(update={"failed": True}) for f in failed]
+    outcome.left += [left for left in last.left if left.what not in known]
     for step in last.steps:
         if _key(step) not in stuck:
-            outcome.left.append(
-                Left(what=step.title, why="it is still there, or came while this ran", fix="Run it again.")
-            )
+            why = "it is still there, or came while this ran"
+            outcome.left.append(Left(what=step.title, why=why, fix="Run it again.", failed=True))
+    outcome.plan = first.model_copy(update={"offered": last.offered})
     return outcome
+
+
+def _tidy(snapshot_path: Path) -> None:
+    """Remove the list of ours once nothing on it is left, and of files that stay once none is; then an empty folder."""
+    if not manifest.ours():
+        manifest.manifest_path().unlink(missing_ok=True)
+    if not any(os.path.lexists(p) for p in journal.kept(snapshot_path)):
+        journal.kept_path(snapshot_path).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        manifest.manifest_path().parent.rmdir()
 
 
 def _key(step: Step) -> tuple[str, ...]:
@@ -145,19 +169,41 @@ def _key(step: Step) -> tuple[str, ...]:
     return (step.kind, step.place, step.title if step.kind in ("distribution", "restore") else "")
 
 
-def _proven(step: Step, before: Snapshot, own: bool) -> Step | None:
+def _proven(step: Step, before: Snapshot) -> Step | None:
     """An unfinished step of the journal, held against the snapshot again: a journal is a reminder, not a proof."""
+    if step.kind == "engine":
+        return step  # its label is read again before it is removed
     for env in before.environments:
         if step.place == env.real and step.kind in ("distribution", "files"):
             now = environment.read(env.root)
-            keep = plan.protected(env, now)
+            keep = protected(env, now)
             return step.model_copy(update={"paths": {p: s for p, s in step.paths.items() if p not in keep}})
     for cache in before.caches:
         if step.place == cache.real and step.kind == "cache" and not cache.not_read:
             return step.model_copy(update={"paths": {p: s for p, s in step.paths.items() if p not in cache.listing}})
-    if step.kind == "own" and own and any(e.path == step.place for e in manifest.ours()):
+    if step.kind == "own" and any(e.path == step.place for e in manifest.ours()):
         return step
     return None
+
+
+def _carry_out(step: Step, before: Snapshot, env: Mapping[str, str] | None, outcome: Outcome) -> list[Left]:
+    if step.kind == "restore":
+        return _restore(step, env, outcome)
+    return _remove_object(step, env, outcome) if step.kind == "engine" else _remove(step, before, outcome)
+
+
+def _remove_object(step: Step, env: Mapping[str, str] | None, outcome: Outcome) -> list[Left]:
+    assert step.sort and step.place in ("docker", "podman")
+    try:
+        why = engines.remove(step.place, step.sort, step.key, env)  # type: ignore[arg-type]
+        fix = f"{step.place} {'rmi' if step.sort == 'image' else step.sort + ' rm'} {step.key[:19]}"
+    except UserError as e:
+        why, fix = e.message, e.fix
+    if why:
+        return [Left(what=step.title, why=why, fix=fix)]
+    outcome.removed_objects += 1
+    outcome.removed_bytes += step.bytes
+    return []
 
 
 def _restore(step: Step, env: Mapping[str, str] | None, outcome: Outcome) -> list[Left]:

@@ -15,8 +15,10 @@ from typing import Any
 
 from sparkproof.results import Assertion, CaseResult, Measurement
 from sparkproof.rollback import snapshot, standin, undo
-from sparkproof.rollback.diff import Diff, diff, size
+from sparkproof.rollback.diff import diff
 from sparkproof.rollback.model import Snapshot
+from sparkproof.rollback.parts import Diff, size
+from sparkproof.rollback.steps import ASKED
 from sparkproof.runners.base import Context
 from sparkproof.runners.process import Outcome
 from sparkproof.runners.rollback_sandbox import OLDER, OLDER_VERSION, Sandbox, StepFailed, prepare
@@ -71,7 +73,7 @@ def _run(case: Case, scenario: RollbackScenario, context: Context, box: Sandbox,
         context.progress(f"pip uninstall -y {' '.join(PLAYBOOK)}")
         box.pip("uninstall", "-y", *PLAYBOOK, offline=offline)
     else:
-        context.progress("sparkproof rollback")
+        context.progress("sparkproof uninstall")
         _sparkproof(box, before, before_path, offline, context, result)
     after = box.snapshot(offline)
     left = diff(before, after)
@@ -85,7 +87,7 @@ def _run(case: Case, scenario: RollbackScenario, context: Context, box: Sandbox,
         result.next_step = (
             "Look at what is left, and why, under `left` in the evidence."
             if scenario.procedure == "sparkproof"
-            else "sparkproof snapshot before installing; sparkproof rollback --include-caches --yes after."
+            else "sparkproof snapshot before installing; sparkproof uninstall --include packages --include caches after."
         )
 
 
@@ -120,9 +122,9 @@ def _sparkproof(
     """Our way back: a dry run that must change nothing, the real one, and a second real one that must find nothing to
     do.
     """
-    options: dict[str, Any] = {"include_caches": True, "env": box.env(offline)}
+    options: dict[str, Any] = {"include": ASKED, "ours": False, "env": box.env(offline)}
     then = box.snapshot(offline)
-    dry = undo.rollback(before, path, **options)
+    dry = undo.uninstall(before, path, **options)
     untouched = diff(then, box.snapshot(offline))
     result.assertions.append(
         Assertion(
@@ -134,20 +136,21 @@ def _sparkproof(
             detail="" if untouched.is_empty else untouched.text(),
         )
     )
-    done = undo.rollback(before, path, yes=True, **options, progress=context.progress)
-    result.evidence["rollback"] = {
+    done = undo.uninstall(before, path, yes=True, **options, progress=context.progress)
+    result.evidence["uninstall"] = {
         "removed_entries": done.removed_entries,
         "removed_bytes": done.removed_bytes,
         "restored": done.restored,
         "left": [left.model_dump(mode="json") for left in done.left],
     }
-    again = undo.rollback(before, path, yes=True, **options)
+    again = undo.uninstall(before, path, yes=True, **options)
     result.assertions += [
         Assertion(
-            name="rollback says that nothing is left",
-            passed=done.exit_code == 0,
-            value=done.exit_code,
-            bound="exit code 0",
+            name="uninstall says that nothing is left",
+            passed=done.exit_code == 0 and done.diff.is_empty and not done.left,
+            value=len(done.left),
+            unit="things",
+            bound="0",
             detail="; ".join(f"{left.what}: {left.why}" for left in done.left[:3]),
         ),
         Assertion(
@@ -157,7 +160,7 @@ def _sparkproof(
             bound=f"{OLDER} {OLDER_VERSION}",
         ),
         Assertion(
-            name="a second rollback finds nothing to do",
+            name="a second uninstall finds nothing to do",
             passed=again.exit_code == 0 and not again.plan.steps,
             value=len(again.plan.steps),
             bound="0 steps",
