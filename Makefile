@@ -9,10 +9,10 @@ WORKERS ?= 2
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup validate test test-slow lint doctor facts list compile selftest bench bench-train sanitize snapshot rollback report lock schemas clean
+.PHONY: help setup validate test test-slow lint doctor facts list compile selftest bench bench-train sanitize snapshot uninstall verify-rollback report lock schemas clean
 
 help: ## Show every target with its purpose
-	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 setup: ## Make the virtual environment (done by the others when needed)
 ifeq ($(strip $(PYTHON)),)
@@ -60,11 +60,14 @@ bench-train: setup ## Time a QLoRA step of transformers, Liger, Unsloth and spar
 sanitize: setup ## Look for memory errors and races in every kernel with NVIDIA's compute-sanitizer (needs a GPU)
 	@$(BIN)/python scripts/sanitize.py $(ARGS)
 
-snapshot: setup ## Record what is installed, before trying anything
-	@$(BIN)/sparkproof snapshot $(ARGS)
+snapshot: ## Record this machine before anything is installed (needs no set-up)
+	@$(PYTHON) scripts/way_back.py $(VENV) snapshot $(ARGS)
 
-rollback: setup ## Show (or, with ARGS=--yes, carry out) the way back to the snapshot
-	@$(BIN)/sparkproof rollback $(ARGS)
+uninstall: ## Show what sparkproof made and what came since the snapshot, ask, and take it off
+	@$(PYTHON) scripts/way_back.py $(VENV) uninstall $(ARGS)
+
+verify-rollback: ## Prove that this machine is as the snapshot recorded it
+	@$(PYTHON) scripts/way_back.py $(VENV) verify-rollback $(ARGS)
 
 report: setup ## Rebuild the views of the latest run
 	@$(BIN)/sparkproof report $(ARGS)

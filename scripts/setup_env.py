@@ -102,6 +102,27 @@ def uv_settings() -> dict[str, str]:
     return {k: v for k, v in found.items() if v and k not in env}
 
 
+def own_pip_cache() -> Path:
+    """A pip cache of our own, so that `make uninstall` finds what set-up downloaded, which the user's own cache would hide."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SPARKPROOF_CACHE") or Path(cache) / "sparkproof") / "pip"
+
+
+def own(path: Path, kind: str) -> None:
+    """List a folder as ours, in the form of sparkproof.rollback.manifest. A list that can't be written is no error."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "sparkproof"
+    target = Path(os.environ.get("SPARKPROOF_MANIFEST") or state / "manifest.jsonl")
+    try:
+        st = path.stat()
+        now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+        entry = {"path": str(path.resolve()), "kind": kind, "added": now, "device": st.st_dev, "inode": st.st_ino}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(entry) + "\n")
+    except OSError as e:
+        print(f"sparkproof set-up: {path} could not be listed as sparkproof's own ({e.strerror})", file=sys.stderr)
+
+
 def digest(torch_spec: str) -> str:
     """What the environment was made from; a change of any part makes it again."""
     h = hashlib.sha256()
@@ -159,6 +180,13 @@ def main() -> None:
         f"sparkproof set-up: {target}, {'NVIDIA GPU found' if gpu else 'no NVIDIA GPU: CPU build of torch'}", flush=True
     )
     env = {**os.environ, **uv_settings()}
+    if "PIP_CACHE_DIR" not in env and "PIP_NO_CACHE_DIR" not in env:
+        cache = own_pip_cache()
+        fresh = not cache.parent.exists()
+        cache.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            own(cache.parent, "cache")
+        env["PIP_CACHE_DIR"] = str(cache)
     for name in ("PYTHONPATH", "PIP_USER", "PIP_TARGET"):
         env.pop(name, None)
     r = subprocess.run(
@@ -169,6 +197,7 @@ def main() -> None:
             f"the virtual environment could not be made ({(r.stderr or r.stdout).strip().splitlines()[-1]}): "
             "sudo apt install python3-venv, and look at the free space"
         )
+    own(target, "venv")
     pip(python, "locked packages", "--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", str(LOCK), env=env)
     install_torch(python, spec, env)
     pip(python, "sparkproof itself", "--no-deps", "--no-build-isolation", "--no-index", "-e", str(ROOT), env=env)

@@ -250,3 +250,15 @@ def test_reports_need_their_own_word(machine: Machine, our_list: Path) -> None:
 def test_adding_what_is_not_there_is_an_error(our_list: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         manifest.add(tmp_path / "missing", "cache")
+
+
+def test_an_index_that_gives_other_files_is_told(machine: Machine) -> None:
+    machine.install("numpy", "1.26.4")
+    machine.env["PATH"] = "/usr/bin:/bin"
+    info = machine.site / "numpy-1.26.4.dist-info"
+    fake_pip(machine, f"mv {machine.site}/numpy-2.5.5.dist-info {info}; sed -i s/2.5.5/1.26.4/ {info}/METADATA")
+    before = machine.before()
+    machine.uninstall("numpy", "1.26.4")
+    machine.install("numpy", "2.5.5")
+    outcome = machine.rollback(before, yes=True)
+    assert outcome.exit_code == 1 and "the index gave other files" in outcome.left[0].why

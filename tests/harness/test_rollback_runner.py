@@ -47,7 +47,7 @@ def test_ours_leaves_nothing(tmp_path: Path) -> None:
     assert {a.name for a in result.assertions} >= {
         "the diff against the snapshot is empty",
         "the user's own files and package survived",
-        "a second rollback finds nothing to do",
+        "a second uninstall finds nothing to do",
         "a dry run changes nothing",
     }
 
@@ -87,7 +87,9 @@ def test_python_without_ensurepip_is_a_skip_with_a_cure(tmp_path: Path, monkeypa
 
 
 def test_a_step_that_fails_is_told_with_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollback, "prepare", lambda box: box.run(["sh", "-c", "echo no space left; exit 1"], {}))
+    monkeypatch.setattr(
+        rollback, "prepare", lambda box, offline: box.run(["sh", "-c", "echo no space left; exit 1"], {})
+    )
     monkeypatch.setattr(Sandbox, "work", property(lambda box: tmp_path))
     result = run(case("sparkproof_clean"), tmp_path)
     assert (

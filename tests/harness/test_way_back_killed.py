@@ -96,7 +96,7 @@ def build(root: Path) -> tuple[Machine, dict[str, bytes | str], object]:
     return machine, seen, before
 
 
-@pytest.mark.parametrize("arm", [at_journal, at_removal])
+@pytest.mark.parametrize("arm", [at_journal, pytest.param(at_removal, marks=pytest.mark.slow)])
 def test_killed_at_every_point(tmp_path: Path, arm: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     for point in range(MOST):
         monkeypatch.setenv("SPARKPROOF_MANIFEST", str(tmp_path / f"manifest-{point}"))

@@ -102,7 +102,7 @@ def connect(kind: str = "auto", env: Mapping[str, str] | None = None) -> Iterato
                     first = first or e
                     continue
             if not address:
-                if shutil.which(engine, path=env.get("PATH")):
+                if is_installed(engine, env):
                     first = first or not_running(engine)
                 continue
             try:
@@ -131,6 +131,15 @@ def find_address(kind: Kind, env: Mapping[str, str]) -> str:
     if kind == "podman" and os.getuid():  # root's own socket holds other images than this user's
         sockets["podman"].pop()
     return named or next((f"unix://{p}" for p in sockets[kind] if Path(p).exists()), "")
+
+
+def is_installed(kind: Kind, env: Mapping[str, str]) -> bool:
+    """Whether the engine itself is here. Docker's command alone is no engine: `dockerd` is."""
+    path = env.get("PATH", "")
+    program = "podman"
+    if kind == "docker":
+        program, path = "dockerd", f"{path}:/usr/sbin:/usr/local/sbin" if path else ""
+    return bool(find_address(kind, env) or shutil.which(program, path=path))
 
 
 def not_running(kind: Kind) -> UserError:

@@ -7,7 +7,6 @@ label is read again just before.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ Sort = Literal["container", "network", "volume", "image"]
 SORTS: tuple[Sort, ...] = ("container", "network", "volume", "image")  # in the order in which they let go of each other
 BUILT_IN = ("bridge", "host", "none", "podman")  # networks that an engine makes for itself
 STOP_S = 10
+READ_S = 15  # a busy engine answers late; what it does not tell is unknown, never equal
 
 
 def read_all(env: Mapping[str, str]) -> list[Engine]:
@@ -29,7 +29,7 @@ def read_all(env: Mapping[str, str]) -> list[Engine]:
 
 def read(name: Literal["docker", "podman"], env: Mapping[str, str]) -> Engine:
     """What one engine holds."""
-    installed = bool(container_engine.find_address(name, env) or shutil.which(name, path=env.get("PATH")))
+    installed = container_engine.is_installed(name, env)
     found = Engine(name=name, installed=installed)
     if not installed or _never_used(name, env):
         return found
@@ -37,7 +37,7 @@ def read(name: Literal["docker", "podman"], env: Mapping[str, str]) -> Engine:
         with container_engine.connect(name, env) as engine:
             if engine.kind != name:  # podman-docker: one engine behind both sockets is read once
                 return Engine(name=name)
-            found.address = engine.address
+            found.address, engine.api.timeout = engine.address, READ_S
             _read(engine.api, found)
     except UserError as e:
         found.not_read = str(e)

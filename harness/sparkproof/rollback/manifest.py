@@ -96,7 +96,10 @@ def ours() -> list[Entry]:
 
 
 def add_own_environment() -> None:
-    """List the environment that `make setup` made, if sparkproof runs from it. A list that can't be written is no error."""
-    with contextlib.suppress(OSError):
-        if sys.prefix != sys.base_prefix and Path(sys.prefix, SETUP_MARK).exists():
-            add(sys.prefix, "venv")
+    """List the environment that `make setup` made: the one that sparkproof runs from, or that SPARKPROOF_VENV names (see
+    scripts/way_back.py). A list that can't be written is no error.
+    """
+    for prefix in {sys.prefix, os.environ.get("SPARKPROOF_VENV") or sys.prefix}:
+        with contextlib.suppress(OSError):
+            if Path(prefix, "pyvenv.cfg").exists() and Path(prefix, SETUP_MARK).exists():
+                add(prefix, "venv")

@@ -13,7 +13,7 @@ from sparkproof.rollback import manifest, tree
 from sparkproof.rollback.engines import SORTS
 from sparkproof.rollback.manifest import Entry
 from sparkproof.rollback.model import Snapshot
-from sparkproof.rollback.steps import Left, Plan, Step
+from sparkproof.rollback.steps import Group, Left, Plan, Step
 
 WORDS = {"cache": "cache", "venv": "environment", "reports": "reports", "file": "file"}
 
@@ -49,7 +49,7 @@ def _entry(plan: Plan, entry: Entry) -> None:
         plan.left.append(Left(what=f"{word} {entry.path}", why="sparkproof runs from it now", fix=fix))
         return
     title = f"sparkproof's {word} {entry.path}"
-    group = "reports" if entry.kind == "reports" else "ours"
+    group: Group = "reports" if entry.kind == "reports" else "ours"
     if not os.path.isdir(entry.path):
         place, name = os.path.split(entry.path)
         seen = tree.stamp(os.lstat(entry.path))

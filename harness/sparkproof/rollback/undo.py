@@ -146,8 +146,12 @@ def uninstall(
     known = {left.what for left in failed}
     outcome.left = [f.model_copy(update={"failed": True}) for f in failed]
     outcome.left += [left for left in last.left if left.what not in known]
+    back = {r.partition(" (")[0] for r in outcome.restored}
     for step in last.steps:
-        if _key(step) not in stuck:
+        if step.kind == "restore" and step.title.partition(" (")[0] in back:
+            why = "its version is back, but the index gave other files than were there"
+            outcome.left.append(Left(what=step.title, why=why, fix="Install it from where it came from.", failed=True))
+        elif _key(step) not in stuck:
             why = "it is still there, or came while this ran"
             outcome.left.append(Left(what=step.title, why=why, fix="Run it again.", failed=True))
     outcome.plan = first.model_copy(update={"offered": last.offered})

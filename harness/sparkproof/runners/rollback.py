@@ -53,7 +53,7 @@ def run(case: Case, context: Context) -> CaseResult:
 def _run(case: Case, scenario: RollbackScenario, context: Context, box: Sandbox, result: CaseResult) -> None:
     offline = scenario.packages == "stand-in"
     context.progress("making a throwaway environment")
-    survivors = prepare(box)
+    survivors = prepare(box, offline)
     before = box.snapshot(offline)
     before_path = box.root / "snapshot.json"
     snapshot.save(before, before_path)

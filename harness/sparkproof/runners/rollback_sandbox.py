@@ -107,8 +107,9 @@ class Sandbox:
         )  # fmt: skip
 
 
-def prepare(box: Sandbox) -> dict[Path, bytes]:
-    """Make the environment with the user's own things in it. Returns files that must survive, with their content."""
+def prepare(box: Sandbox, offline: bool = True) -> dict[Path, bytes]:
+    """Make the environment with the user's own things in it. `offline=False`: the older dependency is the index's own, since it
+    is the index that gives it back. Returns files that must survive, with their content."""
     if importlib.util.find_spec("ensurepip") is None:
         raise UserError(
             "This Python can't make environments with pip in them: it has no ensurepip.",
@@ -123,9 +124,11 @@ def prepare(box: Sandbox) -> dict[Path, bytes]:
         # back; later ones, the playbook's 3.12 among them, don't have it.
         box.pip("uninstall", "-y", "-q", "setuptools", offline=True)
     standin.wheelhouse(box.wheels)
-    standin.wheel(box.wheels, OLDER, OLDER_VERSION)
+    if offline:
+        standin.wheel(box.wheels, OLDER, OLDER_VERSION)
     standin.wheel(box.wheels, USERS, "1.0")
-    box.pip("install", "--no-input", "-q", f"{OLDER}=={OLDER_VERSION}", USERS, offline=True)
+    box.pip("install", "--no-input", "-q", USERS, offline=True)
+    box.pip("install", "--no-input", "-q", f"{OLDER}=={OLDER_VERSION}", offline=offline)
 
     hub = box.home / ".cache/huggingface/hub/models--user--own"
     outside = box.root / "outside" / "thesis.txt"
