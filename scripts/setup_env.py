@@ -1,8 +1,9 @@
 """Make the virtual environment: `python3 scripts/setup_env.py VENV`. Standard library only; the Makefile calls it.
 
 What it does, in order: names each missing prerequisite with the command that cures it; makes the venv; installs the hash lock;
-installs torch, a CPU build where no NVIDIA driver answers (a CUDA build is gigabytes), the CUDA build otherwise; installs
-this project in place. A second call compares one digest and ends.
+installs torch, a CPU build where no NVIDIA driver answers (a CUDA build is gigabytes), the CUDA build otherwise; puts
+llama.cpp's converter beside them (scripts/llama_converter.py); installs this project in place. A second call compares one digest
+and ends.
 
 Mirrors and find-links: pip reads its own configuration; uv's (UV_* variables and uv.toml) is translated to pip's, so that either
 way of naming an air-gapped site's mirror works.
@@ -17,9 +18,12 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from pathlib import Path
+
+import llama_converter
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements" / "lock.txt"
@@ -126,7 +130,7 @@ def own(path: Path, kind: str) -> None:
 def digest(torch_spec: str) -> str:
     """What the environment was made from; a change of any part makes it again."""
     h = hashlib.sha256()
-    for path in (LOCK, ROOT / "pyproject.toml", Path(__file__)):
+    for path in (LOCK, llama_converter.PIN, ROOT / "pyproject.toml", Path(__file__), Path(llama_converter.__file__)):
         h.update(path.read_bytes())
     h.update(f"{sys.version}|{platform.machine()}|{torch_spec}|{ROOT}".encode())
     return h.hexdigest()
@@ -136,7 +140,9 @@ def pip(python: Path, what: str, *arguments: str, env: dict[str, str], fatal: bo
     """Run pip quietly; on failure show its last lines and say what could not be installed."""
     print(f"sparkproof set-up: {what} ...", flush=True)
     start = time.monotonic()
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", *arguments]
+    if arguments[0] != "download":
+        arguments = ("install", "--quiet", "--disable-pip-version-check", "--no-input", *arguments)
+    command = [str(python), "-m", "pip", *arguments]
     r = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if r.returncode == 0:
         print(f"sparkproof set-up: {what}: done in {time.monotonic() - start:.0f} s", flush=True)
@@ -200,6 +206,9 @@ def main() -> None:
     own(target, "venv")
     pip(python, "locked packages", "--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", str(LOCK), env=env)
     install_torch(python, spec, env)
+    with tempfile.TemporaryDirectory() as folder:
+        pip(python, "llama.cpp's converter (77 MB)", *llama_converter.download(Path(folder)), env=env)
+        llama_converter.unpack(next(Path(folder).glob("*.tar.gz")), target)
     pip(python, "sparkproof itself", "--no-deps", "--no-build-isolation", "--no-index", "-e", str(ROOT), env=env)
     stamp.write_text(json.dumps({"digest": wanted, "torch": spec, "python": sys.version}))
 

@@ -3,7 +3,6 @@
 The phases run in this process to be quick, but for one case that goes through processes of its own.
 """
 
-import dataclasses
 import functools
 import importlib
 import sys
@@ -18,10 +17,9 @@ from sparkproof.runners import export
 from sparkproof.runners.base import Context
 from sparkproof.runners.process import Outcome
 from sparkproof.scenario import Case, ExportScenario, TrainScenario
-from sparktune.export import export_gguf, hf
+from sparktune.export import ExportError, export_gguf, hf
 from sparktune.export import gguf as gguf_module
 from sparktune.export.lora import Adapter
-from sparktune.export.vocabulary import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sparktune"))
 import export_tiny
@@ -177,25 +175,14 @@ def test_a_lost_adapter_loses_the_canary(context, monkeypatch):
     assert (context.run_dir / result.artifacts["export"]).exists(), "a failed export stays for whoever looks"
 
 
-def test_rows_of_q_and_k_that_are_not_permuted_are_caught(context, monkeypatch):
-    monkeypatch.setattr(gguf_module, "permuted", lambda name, weight, shape: weight.contiguous())
-    result = export.run(export_case("gguf_f16"), context)
-    assert "mean KL" in failed(result)
-
-
 @pytest.mark.parametrize("wrong_name", ["smollm", "llama-bpe"])
 def test_a_wrong_pre_tokenizer_is_caught(context, monkeypatch, tmp_path, wrong_name):
     base = export_tiny.save_base(tmp_path / "base", pre="gpt-2")
     adapter = export_tiny.save_adapter(base, tmp_path / "lora", steps=80)
     context.cases["train/tiny"] = train_case(base)
     monkeypatch.setattr(export, "ensure_trained", lambda case, context: adapter)
-    right = Vocabulary.read
-
-    def wrong(folder, rows):
-        return dataclasses.replace(right(folder, rows), pre=wrong_name)
-
     assert export.run(export_case("gguf_f16"), context).verdict is Verdict.PASSED
-    monkeypatch.setattr(gguf_module.Vocabulary, "read", wrong)
+    monkeypatch.setattr(gguf_module, "pre_tokenizer", lambda definition: wrong_name)
     result = export.run(export_case("gguf_f16"), context)
     assert "hard strings tokenised otherwise" in failed(result)
 
@@ -266,9 +253,12 @@ def test_a_truncated_file_is_caught(context, monkeypatch, format_):
 
 
 def test_an_engine_that_refuses_fails_the_case(context, monkeypatch, tiny):
-    monkeypatch.setattr(gguf_module, "ARCHITECTURES", {"OtherForCausalLM"})
+    def refuse(*args):
+        raise ExportError("There is no such architecture.")
+
+    monkeypatch.setattr("sparktune.export.export_gguf", refuse)
     result = export.run(export_case("gguf_f16"), context)
-    assert result.verdict is Verdict.FAILED and "architecture is LlamaForCausalLM" in result.reason
+    assert result.verdict is Verdict.FAILED and "no such architecture" in result.reason
     assert "write" in result.reason
 
 

@@ -4,14 +4,12 @@ import json
 import shutil
 
 import export_tiny
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sparktune.export import ExportError, NoSpaceError, export_adapter, export_gguf, export_merged, files, save_adapter
-from sparktune.export.gguf import permuted, rope_factors, tensor_type
 from sparktune.export.lora import Adapter
-from sparktune.export.vocabulary import PRE_TOKENIZERS, Vocabulary, pre_tokenizer
+from sparktune.export.vocabulary import PRE_TOKENIZERS, pre_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -195,58 +193,6 @@ def test_the_same_input_gives_the_same_file(base, adapter, tmp_path):
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
-def test_permutation_turns_halves_into_neighbours():
-    shape = {"heads": 2, "kv_heads": 1}
-    rows = torch.arange(16.0).reshape(16, 1)
-    out = permuted("model.layers.0.self_attn.q_proj.weight", rows, shape).flatten().tolist()
-    assert out == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
-    k = permuted("model.layers.0.self_attn.k_proj.bias", torch.arange(8.0), shape).tolist()
-    assert k == [0, 4, 1, 5, 2, 6, 3, 7]
-    assert torch.equal(permuted("model.layers.0.self_attn.v_proj.weight", rows, shape), rows)
-
-
-def test_tensor_types():
-    assert [tensor_type((64, 64), q).name for q in ("f16", "q8_0")] == ["F16", "Q8_0"]
-    assert tensor_type((64, 48), "q8_0").name == "F16"
-    assert tensor_type((64,), "q8_0").name == "F32"
-
-
-def test_rope_factors_agree_with_transformers():
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    config = LlamaConfig(hidden_size=128, num_attention_heads=1, rope_parameters=rope, max_position_embeddings=131072)
-    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    factors = rope_factors({"rope_kind": "llama3", "rope": rope, "head_dim": 128, "rope_theta": 500000.0})
-    plain = 500000.0 ** (-np.arange(0, 128, 2) / 128)
-    np.testing.assert_allclose(plain / factors, wanted.double().numpy(), rtol=2e-6)
-    assert factors.min() == 1 and factors.max() == 8
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"architectures": ["MistralForCausalLM"]}, "architecture is Mistral"),
-        ({"hidden_act": "gelu"}, "activation is gelu"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
-        ({"tie_word_embeddings": False}, "no lm_head"),
-    ],
-)
-def test_gguf_refuses_what_it_does_not_know(base, tmp_path, change, message):
-    shutil.copytree(base, tmp_path / "base")
-    edit_json(tmp_path / "base/config.json", **change)
-    with pytest.raises(ExportError, match=message):
-        export_gguf(tmp_path / "base", tmp_path / "m.gguf", "f16")
-
-
 def test_a_value_beyond_fp16_is_refused(base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     weights = load_file(base / "model.safetensors")
@@ -282,14 +228,3 @@ def test_an_unknown_tokenizer_is_refused_not_guessed(path, value):
     inner[path[-1]] = value
     with pytest.raises(ExportError):
         pre_tokenizer(definition)
-
-
-def test_vocabulary_pads_to_the_embedding_and_refuses_too_few_rows(base):
-    tokens = len(export_tiny.make_tokenizer())
-    padded = Vocabulary.read(base, tokens + 2)
-    assert padded.tokens[-2:] == [f"[PAD{tokens}]", f"[PAD{tokens + 1}]"] and padded.types[-2:] == [5, 5]
-    assert padded.types[:3] == [3, 3, 3] and padded.types[3] == 1
-    assert padded.special == {"bos": 1, "eos": 2, "unk": 0, "pad": 2}
-    assert (padded.add_bos, padded.add_eos) == (False, False)
-    with pytest.raises(ExportError, match="rows"):
-        Vocabulary.read(base, tokens - 1)

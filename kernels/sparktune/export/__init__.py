@@ -1,15 +1,27 @@
-"""The way out of a fine-tuning run: a PEFT adapter, a merged 16-bit folder, a GGUF file.
+"""The way out of a fine-tuning run: for transformers, PEFT, llama.cpp, Ollama and vLLM.
+
+Every export streams tensor by tensor, checks the disk before its first byte, is whole or absent, and merges in the 16-bit base,
+once. `python -m sparktune.export --help` is its command line.
 
 files.py        whole or absent: atomic folders and files, disk space checked first
-checkpoint.py   a folder of safetensors, read one tensor at a time
+tensors.py      safetensors files, read and written one tensor at a time
+checkpoint.py   a folder of them
 lora.py         a PEFT adapter as a set of fp32 weight updates
+places.py       which tensors of the base those are for, experts included
 hf.py           adapter and merged 16-bit folders
-gguf.py         GGUF f16 and q8_0 for llama.cpp
-vocabulary.py   a tokenizer as llama.cpp wants it
+gguf.py         GGUF files, and which type each tensor takes (gguf_types.py)
+llama_cpp.py    llama.cpp's converter; ggml.py its quantisation kernels; imatrix.py its importance matrix
+vocabulary.py   a tokenizer that llama.cpp's converter does not recognise
+progress.py     how far an export is
 """
 
 from sparktune.export.files import ExportError, NoSpaceError
 from sparktune.export.gguf import export_gguf
-from sparktune.export.hf import export_adapter, export_merged, save_adapter
+from sparktune.export.gguf_types import QTYPES, TENSOR_TYPES, Plan, Shape, plan_types
+from sparktune.export.hf import Exported, export_adapter, export_merged, save_adapter
+from sparktune.export.progress import Progress, terminal_bar
 
-__all__ = ["ExportError", "NoSpaceError", "export_adapter", "export_gguf", "export_merged", "save_adapter"]
+__all__ = [
+    "QTYPES", "TENSOR_TYPES", "ExportError", "Exported", "NoSpaceError", "Plan", "Progress", "Shape", "export_adapter",
+    "export_gguf", "export_merged", "plan_types", "save_adapter", "terminal_bar",
+]  # fmt: skip

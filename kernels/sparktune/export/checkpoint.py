@@ -1,7 +1,10 @@
-"""A model folder's weights, one tensor at a time: the peak is one tensor to read, one shard to write.
+"""A model folder's weights, one tensor at a time.
 
 The layout is transformers' own: `config.json` beside `model.safetensors`, or beside several shards and
 `model.safetensors.index.json`, whose `weight_map` says which shard holds which tensor.
+
+gpt-oss' experts are stored in MXFP4, as `..._blocks` and `..._scales`: 32 values of 4 bits share a power of two. Each such pair
+is one tensor here, dequantised when it is read, which is exact in bf16: no weight was quantised by us.
 """
 
 from __future__ import annotations
@@ -14,12 +17,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from sparktune.export.files import ExportError
+from sparktune.export.tensors import FIX, Stored, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+BLOCKS, SCALES = "_blocks", "_scales"
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """Experts [E, in, out] stored as blocks [E, out, in / 32, 16] and scales [E, out, in / 32], bytes."""
+
+    blocks: Stored
+    scales: Stored
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what `read` gives."""
+        return torch.bfloat16
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what `read` gives."""
+        experts, out, groups, half = self.blocks.shape
+        return experts, groups * half * 2, out
+
+    def read(self) -> torch.Tensor:
+        """Dequantised by transformers' own function."""
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        return convert_moe_packed_tensors(self.blocks.read(), self.scales.read(), dtype=self.dtype).contiguous()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -29,60 +58,80 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     shards: dict[str, list[str]]  # file name -> tensor names, in the file's order
-    shapes: dict[str, tuple[int, ...]]
+    stored: dict[str, Stored | Mxfp4]
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Read config and headers. Errors: ExportError for a quantised, incomplete or unreadable folder."""
-        fix = "Give the folder of the 16-bit base model, as save_pretrained() or the hub made it."
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ExportError(f"{folder} has no readable config.json.", fix) from error
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "quantised")
+            raise ExportError(f"{folder} has no readable config.json.", FIX) from error
+        quantised = config.get("quantization_config")
+        if quantised and quantised.get("quant_method") != "mxfp4":
             raise ExportError(
-                f"{folder} is a {method} model: merging into it would quantise a second time.",
+                f"{folder} is a {quantised.get('quant_method', 'quantised')} model: merging into it would quantise a second "
+                "time.",
                 "Give the 16-bit model that it was made from.",
             )
         index = folder / INDEX
+        weight_map: dict[str, str] = {}
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        else:
-            names = [SINGLE]
-        shards: dict[str, list[str]] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name in names:
             try:
-                with safe_open(folder / name, framework="pt") as shard:
-                    shards[name] = list(shard.keys())
-                    for key in shards[name]:
-                        shapes[key] = tuple(shard.get_slice(key).get_shape())
-            except (OSError, SafetensorError) as error:
-                raise ExportError(f"{folder / name} can't be read as safetensors ({error}).", fix) from error
-        if index.is_file() and set(shapes) != set(weight_map):
-            lost = sorted(set(weight_map) - set(shapes))
-            raise ExportError(f"{folder} lacks {len(lost)} tensors of its index, {lost[:1]} first.", fix)
-        return cls(folder, config, shards, shapes)
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise ExportError(f"{index} has no weight_map.", FIX) from error
+        stored: dict[str, Stored | Mxfp4] = {}
+        for name in sorted(set(weight_map.values())) or [SINGLE]:
+            stored |= read_header(folder / name)
+        if lost := sorted(set(weight_map) - set(stored)):
+            raise ExportError(f"{folder} lacks {len(lost)} tensors of its index, {lost[:1]} first.", FIX)
+        if quantised:
+            stored = _paired(stored)
+        shards: dict[str, list[str]] = {}
+        for name, tensor in stored.items():
+            file = tensor.file if isinstance(tensor, Stored) else tensor.blocks.file
+            shards.setdefault(file.name, []).append(name)
+        return cls(folder, config, shards, stored)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, by name."""
+        return {name: tensor.shape for name, tensor in self.stored.items()}
 
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        text = self.config.get("text_config") or {}
+        return bool(self.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
 
     @property
     def parameters(self) -> int:
         """Number of stored parameters; tied ones count once."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def read(self, shard: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of one shard, one by one."""
-        with safe_open(self.folder / shard, framework="pt") as file:
-            for name in self.shards[shard]:
-                yield name, file.get_tensor(name)
+    @property
+    def in_mxfp4(self) -> set[str]:
+        """Names of the tensors that are stored in MXFP4."""
+        return {name for name, tensor in self.stored.items() if isinstance(tensor, Mxfp4)}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors, shard by shard."""
-        for shard in self.shards:
-            yield from self.read(shard)
+        """All tensors, shard by shard, one by one."""
+        for names in self.shards.values():
+            for name in names:
+                yield name, self.stored[name].read()
+
+
+def _paired(stored: dict[str, Stored | Mxfp4]) -> dict[str, Stored | Mxfp4]:
+    """`stored` with one tensor in place of each pair of blocks and scales. Errors: ExportError for a half pair."""
+    found: dict[str, Stored | Mxfp4] = {}
+    for name, tensor in stored.items():
+        stem = name.removesuffix(BLOCKS)
+        if name.endswith(BLOCKS):
+            scales = stored.get(stem + SCALES)
+            if not isinstance(scales, Stored) or not isinstance(tensor, Stored):
+                raise ExportError(f"{name} has no {SCALES.strip('_')} beside it.", FIX)
+            found[stem] = Mxfp4(tensor, scales)
+        elif not (name.endswith(SCALES) and name.removesuffix(SCALES) + BLOCKS in stored):
+            found[name] = tensor
+    return found

@@ -29,8 +29,8 @@ class NoSpaceError(ExportError):
     """The disk can't hold the export."""
 
 
-def need_space(out: Path, size: int) -> None:
-    """Raise `NoSpaceError` when the disk of `out` can't take `size` bytes and a margin."""
+def need_space(out: Path, size: int, arithmetic: str = "") -> None:
+    """Raise `NoSpaceError` when the disk of `out` can't take `size` bytes and a margin; `arithmetic` says what makes them."""
     probe = out.absolute().parent
     while not probe.exists():
         probe = probe.parent
@@ -38,7 +38,8 @@ def need_space(out: Path, size: int) -> None:
     need = size + MARGIN_BYTES
     if free < need:
         raise NoSpaceError(
-            f"The export needs {need / 1e9:.2f} GB and the disk of {probe} has {free / 1e9:.2f} GB free.",
+            f"The export needs {need / 1e9:.2f} GB ({f'{arithmetic}, ' if arithmetic else ''}and {MARGIN_BYTES / 1e9:.2f} GB "
+            f"for the rest) and the disk of {probe} has {free / 1e9:.2f} GB free.",
             "Free some disk space or export to another disk.",
         )
 
@@ -59,6 +60,17 @@ def atomic_folder(out: Path) -> Iterator[Path]:
             out.rmdir()
         part.rename(out)
         _sync(out.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for what is made on the way to it, and removed at the end or by the next export of its name."""
+    part = _part(out.with_name(f"{out.name}-work"))
+    part.mkdir()
+    try:
+        yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -1,218 +1,231 @@
-"""GGUF for llama.cpp: Llama-family models in f16 or q8_0, an adapter merged on the way.
+"""GGUF for llama.cpp: a model in one of the types of `sparktune.export.gguf_types`, an adapter merged on the way.
 
-What differs from the safetensors folder:
+llama.cpp's own converter reads the base, renames and rearranges its tensors and writes tokenizer and hyperparameters; what it
+does to a tensor it does lazily, when the file is written. So one pass is enough: each tensor is read, merged in fp32, brought
+into llama.cpp's form and rounded once to its type, by llama.cpp's quantisation kernels, and no intermediate file is made.
 
-- **Names**: `model.layers.3.self_attn.q_proj.weight` becomes `blk.3.attn_q.weight` (the `gguf` library's table).
-- **Q and K rows** are permuted. transformers rotates the two halves of a head, (x_j, x_{j+d/2}); llama.cpp rotates
-  neighbours, (x_2j, x_2j+1). A head's rows, seen as (2, d/2), are transposed to (d/2, 2). Left out, the model still
-  loads and still answers, worse with every position.
-- **Types**: matrices in f16 (2 bytes a weight) or q8_0 (32 weights share an fp16 scale: 34 bytes), where a row is a
-  multiple of 32, f16 where not; vectors (norms, biases) stay f32. With an adapter, W + scale * B A is summed in fp32
-  and goes to its final type in one rounding.
-- **Tied embeddings**: no `output.weight` is written; llama.cpp then uses `token_embd.weight`.
-- **Llama 3's RoPE scaling** becomes a tensor of factors, `rope_freqs.weight`: frequency i is divided by factor i.
-
-Only what is known is written: another architecture, activation, RoPE scaling or pre-tokenizer is an error, not a guess.
-The file is written tensor by tensor, and is whole or absent.
+Only what is known is written: an architecture or a pre-tokenizer that llama.cpp does not know is an error, not a guess. The
+file is whole or absent, and the disk is checked against the exact size.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
+import json
+import sys
+import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 
+from sparktune.export import ggml
 from sparktune.export.checkpoint import Checkpoint
 from sparktune.export.files import ExportError, atomic_file, need_space
-from sparktune.export.hf import Exported, tokenizer_folder
+from sparktune.export.gguf_stream import Streamed
+from sparktune.export.gguf_types import PLAIN, QTYPES, Plan, Shape, check_qtype, may_be_quantised, plan_types
+from sparktune.export.hf import TOKENIZER_FILES, Exported, copy_tokenizer, exported, opened
+from sparktune.export.imatrix import Importance, read_imatrix
+from sparktune.export.llama_cpp import converter
 from sparktune.export.lora import Adapter
-from sparktune.export.vocabulary import Vocabulary
+from sparktune.export.progress import Progress, silent
+from sparktune.export.tensors import Stored
+from sparktune.export.vocabulary import adds_ends, pre_tokenizer
 
-QType = Literal["f16", "q8_0"]
-ARCHITECTURES = {"LlamaForCausalLM"}
-Q8_BLOCK = 32
+FIX = "Export merged_16bit, or a model of a family that llama.cpp's converter knows."
 
 
-def export_gguf(base: Path, out: Path, qtype: QType, adapter: Path | None = None, name: str = "") -> Exported:
+def export_gguf(
+    base: Path,
+    out: Path,
+    qtype: str = "q8_0",
+    adapter: Path | None = None,
+    name: str = "",
+    *,
+    tensor_types: Mapping[str, str] | None = None,
+    imatrix: Path | None = None,
+    progress: Progress = silent,
+) -> Exported:
     """Write the model in `base`, with `adapter` merged if given, to the GGUF file `out`.
 
-    `base` is a folder of 16-bit (or fp32) safetensors; `name` is the model's name in the file.
-    Errors: ExportError for what is not known or does not fit, NoSpaceError before the first byte.
-    """
-    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
-    from gguf.quants import quant_shape_to_byte_shape, quantize
+    base: folder of 16-bit (or fp32) safetensors. qtype: a key of QTYPES. name: the model's name in the file.
+    tensor_types: GGUF tensor name or regular expression -> type ("q6_k"), over what `qtype` gives; the first that fits.
+    imatrix: llama.cpp's importance matrix (its GGUF form), as llama-quantize takes it.
 
+    The result's `types` and `fallbacks` say what each tensor became. Errors: ExportError for what is not known or does not
+    fit, NoSpaceError before the first byte.
+    """
     start = time.monotonic()
-    checkpoint = Checkpoint.open(base)
-    shape = _hyperparameters(checkpoint)
-    lora = Adapter.read(adapter) if adapter is not None else None
-    if lora is not None:
-        lora.check_fits(set(checkpoint.shapes), checkpoint.tied)
-        lora.check_trained()
-    vocabulary = Vocabulary.read(tokenizer_folder(base, adapter), shape["vocab_size"])
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, shape["layers"])
-    plan: dict[str, tuple[str, Any]] = {}  # HF name -> (GGUF name, type)
-    for hf_name, dims in checkpoint.shapes.items():
-        if hf_name.endswith("rotary_emb.inv_freq") or (hf_name == "lm_head.weight" and shape["tied"]):
-            continue
-        gguf_name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
-        if gguf_name is None:
-            raise ExportError(f"The model's tensor {hf_name} has no place in llama.cpp's Llama.", _ARCHITECTURE_FIX)
-        plan[hf_name] = (gguf_name, tensor_type(dims, qtype))
-    factors = rope_factors(shape)
-
-    writer = GGUFWriter(None, "llama")
-    _metadata(writer, shape, qtype, name or base.name)
-    _tokenizer(writer, vocabulary)
-    size = 0
-    for hf_name, (gguf_name, kind) in plan.items():
-        dims = quant_shape_to_byte_shape(checkpoint.shapes[hf_name], kind)
-        size += math.prod(dims)
-        numpy_type = np.dtype({"F32": np.float32, "F16": np.float16}.get(kind.name, np.uint8))
-        elements = checkpoint.shapes[hf_name] if numpy_type != np.uint8 else dims
-        writer.add_tensor_info(gguf_name, elements, numpy_type, math.prod(dims), kind)
-    if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    need_space(out, size)
-    with atomic_file(out) as part:
-        writer.write_header_to_file(part)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for hf_name, weight in checkpoint.tensors():
-            if hf_name not in plan:
-                continue
-            merged = (lora.apply(hf_name, weight) if lora else weight).float()
-            with np.errstate(over="ignore"):  # told below, by name
-                data = quantize(permuted(hf_name, merged, shape).numpy(), plan[hf_name][1])
-            if data.dtype == np.float16 and not np.isfinite(data).all():
-                raise ExportError(
-                    f"{hf_name} has values beyond fp16's 65504.", "Export q8_0, or keep bf16 safetensors."
-                )
-            writer.write_tensor_data(data)
-        if factors is not None:
-            writer.write_tensor_data(factors)
-        writer.close()
-        if lora:
-            lora.check_used()
-    return Exported(
-        out,
-        out.stat().st_size,
-        len(plan),
-        len(lora.used) if lora else 0,
-        checkpoint.parameters,
-        time.monotonic() - start,
-    )
+    check_qtype(qtype)
+    checkpoint, lora = opened(base, adapter)
+    if lora is not None and (packed := sorted(checkpoint.in_mxfp4 & set(lora.places))):
+        raise ExportError(
+            f"The adapter trains {packed[0]}, which the base stores in MXFP4.",
+            "Export merged_16bit, which dequantises it, and convert that folder.",
+        )
+    important = read_imatrix(imatrix) if imatrix is not None else None
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_folder(base, adapter, name or base.name))
+        stack.enter_context(_converting(base))
+        convert, gguf = stack.enter_context(converter())
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(_reading(convert, checkpoint, lora))
+        model = _model(convert, gguf, folder, name or base.name, QTYPES[qtype][0])
+        writer = model.gguf_writer
+        plan = _plan(gguf, writer, qtype, tensor_types, important)
+        size = _stream(gguf, writer, plan, important, progress)
+        counted = f"{size / 1e9:.2f} GB of {len(plan.types)} tensors in {qtype}{' and a mix' if tensor_types else ''}"
+        need_space(out, size, counted)
+        with atomic_file(out) as part:
+            try:
+                writer.write_header_to_file(path=part)
+                writer.write_kv_data_to_file()
+                writer.write_tensors_to_file(progress=False)
+            finally:
+                writer.close()
+            if lora is not None:
+                lora.check_used()
+    return exported(
+        out, len(plan.types), len(lora.used) if lora else 0, checkpoint.parameters, start,
+        types=plan.types, fallbacks=plan.fallbacks,
+        notes=[f"{len(plan.fallbacks)} tensors did not fit the blocks of their type and took another."]
+        if plan.fallbacks else [],
+    )  # fmt: skip
 
 
-_ARCHITECTURE_FIX = f"GGUF export knows {', '.join(sorted(ARCHITECTURES))}; export merged_16bit for others."
+@contextlib.contextmanager
+def _folder(base: Path, adapter: Path | None, name: str) -> Iterator[Path]:
+    """A folder as the converter wants it: the base, with the tokenizer that the model has seen. Weights are links."""
+    with tempfile.TemporaryDirectory(prefix="sparktune-gguf-") as temporary:
+        folder = Path(temporary, name.replace("/", "-") or "model")
+        folder.mkdir()
+        for file in base.iterdir():
+            if file.is_file() and file.name not in TOKENIZER_FILES:
+                (folder / file.name).symlink_to(file.absolute())
+        copy_tokenizer(base, adapter, folder)
+        yield folder
 
 
-def tensor_type(dims: tuple[int, ...], qtype: QType) -> Any:
-    """GGML type of a tensor: vectors f32; matrices `qtype`, or f16 where q8_0's blocks of 32 don't fit the row."""
-    from gguf import GGMLQuantizationType as Type
-
-    if len(dims) < 2:
-        return Type.F32
-    return Type.Q8_0 if qtype == "q8_0" and dims[-1] % Q8_BLOCK == 0 else Type.F16
-
-
-def permuted(name: str, weight: torch.Tensor, shape: dict[str, Any]) -> torch.Tensor:
-    """Rows of q_proj and k_proj (weight or bias) in llama.cpp's RoPE order; anything else as it is."""
-    if ".q_proj." in name:
-        heads = shape["heads"]
-    elif ".k_proj." in name:
-        heads = shape["kv_heads"]
-    else:
-        return weight.contiguous()
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape).contiguous()
-
-
-def _hyperparameters(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What llama.cpp has to know. Errors: ExportError for anything its Llama does not do."""
-    config = checkpoint.config
-    architecture = (config.get("architectures") or ["unknown"])[0]
-    if architecture not in ARCHITECTURES:
-        raise ExportError(f"The model's architecture is {architecture}.", _ARCHITECTURE_FIX)
-    if config.get("hidden_act", "silu") != "silu":
-        raise ExportError(f"The model's activation is {config['hidden_act']}, not SiLU.", _ARCHITECTURE_FIX)
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise ExportError(f"The model's RoPE scaling is '{kind}'.", "Known: default, linear, llama3.")
-    heads = int(config["num_attention_heads"])
-    if not checkpoint.tied and "lm_head.weight" not in checkpoint.shapes:
-        raise ExportError("The model stores no lm_head.weight, and its config does not tie it to the embedding.")
-    return {
-        "context": int(config["max_position_embeddings"]),
-        "hidden": int(config["hidden_size"]),
-        "layers": int(config["num_hidden_layers"]),
-        "feed_forward": int(config["intermediate_size"]),
-        "heads": heads,
-        "kv_heads": int(config.get("num_key_value_heads") or heads),
-        "head_dim": int(config.get("head_dim") or config["hidden_size"] // heads),
-        "rms_eps": float(config["rms_norm_eps"]),
-        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        "rope_kind": kind,
-        "rope": rope,
-        "vocab_size": checkpoint.shapes["model.embed_tokens.weight"][0],
-        "tied": checkpoint.tied,
-    }
+@contextlib.contextmanager
+def _converting(base: Path) -> Iterator[None]:
+    """What the converter raises, as an ExportError that says of what."""
+    try:
+        yield
+    except ExportError:
+        raise
+    except (
+        NotImplementedError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AssertionError,
+        FileNotFoundError,
+        SystemExit,
+    ) as error:
+        said = " ".join(str(error).split())[:300] or "it gives no reason"
+        raise ExportError(f"llama.cpp can't convert {base} ({type(error).__name__}: {said}).", FIX) from error
 
 
-def rope_factors(shape: dict[str, Any]) -> np.ndarray | None:
-    """Llama 3's divisor of each RoPE frequency, (head_dim / 2,) f32, or None.
+@contextlib.contextmanager
+def _reading(convert: Any, checkpoint: Checkpoint, lora: Adapter | None) -> Iterator[None]:
+    """Within, the converter reads through `checkpoint`, and sees tensors that took their update."""
+    by_place = {(s.file.name, s.offset): n for n, s in checkpoint.stored.items() if isinstance(s, Stored)}
+    lazy: Any = sys.modules[convert.ModelBase.__module__].LazyTorchTensor  # type: ignore[attr-defined]
+    original = lazy.from_local_tensor
 
-    Wavelengths under context / high_freq_factor keep their frequency (1), those over context / low_freq_factor are
-    stretched by `factor`, those between are interpolated; context is the one before the extension.
-    """
-    if shape["rope_kind"] != "llama3":
-        return None
-    rope, dim = shape["rope"], shape["head_dim"]
-    factor, low, high = float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    context = float(rope["original_max_position_embeddings"])
-    wavelength = 2 * math.pi * shape["rope_theta"] ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
-    smooth = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
-    return np.asarray(1.0 / ((1.0 - smooth) / factor + smooth), dtype=np.float32)
+    def load(stored: Stored, name: str) -> torch.Tensor:
+        weight = stored.read()
+        return lora.apply(name, weight).to(type_of(name)) if lora is not None else weight
 
+    def type_of(name: str) -> torch.dtype:
+        return torch.float32 if lora is not None and name in lora.places else checkpoint.stored[name].dtype
 
-def _metadata(writer: Any, shape: dict[str, Any], qtype: QType, name: str) -> None:
-    from gguf import LlamaFileType, RopeScalingType
+    def from_local_tensor(local: Any) -> Any:
+        name = by_place.get((Path(local.data_range.filename).name, local.data_range.offset))
+        if name is None:  # a part of a pair in MXFP4, which the converter repacks
+            return original(local)
+        stored = checkpoint.stored[name]
+        return lazy(meta=lazy.meta_with_dtype_and_shape(type_of(name), stored.shape), args=(stored, name), func=load)
 
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(LlamaFileType.MOSTLY_F16 if qtype == "f16" else LlamaFileType.MOSTLY_Q8_0)
-    writer.add_quantization_version(2)
-    writer.add_vocab_size(shape["vocab_size"])
-    writer.add_context_length(shape["context"])
-    writer.add_embedding_length(shape["hidden"])
-    writer.add_block_count(shape["layers"])
-    writer.add_feed_forward_length(shape["feed_forward"])
-    writer.add_head_count(shape["heads"])
-    writer.add_head_count_kv(shape["kv_heads"])
-    writer.add_key_length(shape["head_dim"])
-    writer.add_value_length(shape["head_dim"])
-    writer.add_rope_dimension_count(shape["head_dim"])
-    writer.add_rope_freq_base(shape["rope_theta"])
-    writer.add_layer_norm_rms_eps(shape["rms_eps"])
-    if shape["rope_kind"] == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(shape["rope"]["factor"]))
+    lazy.from_local_tensor = from_local_tensor
+    try:
+        yield
+    finally:
+        lazy.from_local_tensor = original
 
 
-def _tokenizer(writer: Any, vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
-    for kind, token in vocabulary.special.items():
-        getattr(writer, f"add_{kind}_token_id")(token)
-    writer.add_add_bos_token(vocabulary.add_bos)
-    writer.add_add_eos_token(vocabulary.add_eos)
-    if vocabulary.chat_template:
-        writer.add_chat_template(vocabulary.chat_template)
+def _model(convert: Any, gguf: Any, folder: Path, name: str, file_type: str) -> Any:
+    """llama.cpp's model, whose writer holds every tensor, lazily and in fp32, and all metadata."""
+    hparams = convert.ModelBase.load_hparams(folder, False)
+    architecture = convert.get_model_architecture(hparams, convert.ModelType.TEXT)
+    try:
+        kind = convert.get_model_class(architecture)
+    except NotImplementedError as error:
+        raise ExportError(f"llama.cpp's converter does not know the architecture {architecture}.", FIX) from error
+    model = kind(folder, gguf.LlamaFileType.ALL_F32, folder / "unused.gguf", model_name=name)
+    by_hash = model.get_vocab_base_pre
+
+    def by_definition(tokenizer: Any) -> str:
+        """llama.cpp knows tokenizers by a hash of what they make of a text; one that was changed, by its rules."""
+        try:
+            return str(by_hash(tokenizer))
+        except NotImplementedError:
+            return pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+    model.get_vocab_base_pre = by_definition
+    model.prepare_tensors()
+    model.ftype = gguf.LlamaFileType[file_type]
+    model.prepare_metadata(vocab_only=False)
+    for key, value in adds_ends(folder).items():
+        model.gguf_writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value, gguf.GGUFValueType.BOOL)
+    return model
+
+
+def _plan(gguf: Any, writer: Any, qtype: str, chosen: Mapping[str, str] | None, important: Importance | None) -> Plan:
+    """The type of every tensor; experts that come in MXFP4 keep it."""
+    found = {name: info for shard in writer.tensors for name, info in shard.items()}
+    stored = {name for name, info in found.items() if info.dtype.name not in PLAIN}
+    values = writer.kv_data[0]
+
+    def value(key: str) -> Any:
+        entry = values.get(f"{writer.arch}.{key}")
+        return entry.value if entry is not None else 0
+
+    heads, kv_heads, layers = value("attention.head_count"), value("attention.head_count_kv"), int(value("block_count"))
+    shape = Shape(layers, int(value("expert_count")), writer.arch == "llama" and layers == 80 and heads != kv_heads)
+    blocks = {kind.name: gguf.GGML_QUANT_SIZES[kind][0] for kind in gguf.GGMLQuantizationType}
+    dims = {name: tuple(info.shape) for name, info in found.items() if name not in stored}
+    plan = plan_types(dims, qtype, shape, blocks, chosen, important is not None)
+    types = {name: plan.types.get(name, info.dtype.name) for name, info in found.items()}
+    for name, kind in types.items():
+        lacks = name not in stored and (important is None or name not in important.values)
+        if lacks and ggml.requires_imatrix(gguf.GGMLQuantizationType[kind]):
+            raise ExportError(f"{kind.lower()} for {name} needs an importance matrix.", "Give imatrix=FILE.")
+    return Plan(types, plan.fallbacks)
+
+
+def _stream(gguf: Any, writer: Any, plan: Plan, important: Importance | None, progress: Progress) -> int:
+    """Put a `Streamed` in the place of each tensor of the writer; return the file's bytes, without its header."""
+    total = 0
+    streams = []
+    for shard in writer.tensors:
+        for name, info in shard.items():
+            kind = gguf.GGMLQuantizationType[plan.types[name]]
+            weights = (
+                important.values.get(name) if important is not None and may_be_quantised(name, info.shape) else None
+            )
+            stream = Streamed(gguf, name, info, kind, weights, progress)
+            info.tensor, info.dtype, info.nbytes = stream, kind, stream.nbytes
+            streams.append(stream)
+            total += gguf.GGUFWriter.ggml_pad(stream.nbytes, writer.data_alignment)
+    done = 0
+    for stream in streams:
+        stream.before, stream.total = done, total
+        done += stream.nbytes
+    if important is not None:
+        writer.add_string("quantize.imatrix.file", important.file)
+        writer.add_int32("quantize.imatrix.entries_count", len(important.values))
+        writer.add_int32("quantize.imatrix.chunks_count", important.chunks)
+    return total

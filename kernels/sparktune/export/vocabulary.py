@@ -1,24 +1,19 @@
-"""A byte-level BPE tokenizer as llama.cpp wants it: tokens, types, merges, and the name of a pre-tokenizer.
+"""What llama.cpp has to know of a tokenizer that its converter does not recognise: the name of its pre-tokenizer.
 
 A GGUF does not carry the pre-tokenizer's rules, only a name that selects rules compiled into llama.cpp. A wrong name
 still loads and still answers, with other tokens than the model was trained on: digits, contractions and CJK split
-elsewhere. So the name is never guessed from the model's name or its vocabulary. `PRE_TOKENIZERS` lists definitions as
-the `tokenizers` library serialises them; one that is not in the list is an error.
-
-Token types (llama.cpp's llama_token_type): 1 normal, 3 control (special: `<|im_end|>`), 4 user defined (added, but
-plain text), 5 unused (rows of the embedding that no token has).
+elsewhere. llama.cpp's converter knows the tokenizers of published models by a hash of what they make of a text; one with other
+merges has another hash. So the name is told by the rules: `PRE_TOKENIZERS` lists definitions as the `tokenizers` library
+serialises them, and one that is not in the list is an error, not a guess.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparktune.export.files import ExportError
-
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 _BYTES_GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _BYTES_ONLY = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -39,57 +34,6 @@ PRE_TOKENIZERS: list[tuple[str, list[dict[str, Any]], bool]] = [
         True,
     ),
 ]
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Everything a GGUF says about the tokenizer."""
-
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-    special: dict[str, int]  # bos, eos, unk, pad -> id
-    add_bos: bool
-    add_eos: bool
-    chat_template: str
-
-    @classmethod
-    def read(cls, folder: Path, rows: int) -> Vocabulary:
-        """The tokenizer of `folder` for an embedding of `rows` rows. Errors: ExportError if a GGUF can't hold it."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            definition = json.loads(tokenizer.backend_tokenizer.to_str())
-        except (OSError, ValueError, AttributeError) as error:
-            raise ExportError(
-                f"{folder} has no readable fast tokenizer ({error}).", "Save the tokenizer beside the model."
-            ) from error
-        pre = pre_tokenizer(definition)
-        tokens, types = _tokens(definition, rows)
-        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = tokenizer("a")["input_ids"]
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if full not in (plain, [bos, *plain], [*plain, eos], [bos, *plain, eos]):
-            raise ExportError(
-                f"The tokenizer adds tokens that a GGUF can't express ('a' becomes {full}, without specials {plain}).",
-                "Use a tokenizer that adds nothing but its beginning and end token.",
-            )
-        template = tokenizer.chat_template or ""
-        if not isinstance(template, str):
-            raise ExportError("The tokenizer has several named chat templates.", "Keep one, as a string.")
-        special = {"bos": bos, "eos": eos, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
-        return cls(
-            pre=pre,
-            tokens=tokens,
-            types=types,
-            merges=[m if isinstance(m, str) else " ".join(m) for m in definition["model"]["merges"]],
-            special={k: int(v) for k, v in special.items() if v is not None},
-            add_bos=bos is not None and full[0] == bos and plain[0] != bos,
-            add_eos=eos is not None and full[-1] == eos and plain[-1] != eos,
-            chat_template=template,
-        )
 
 
 def pre_tokenizer(definition: dict[str, Any]) -> str:
@@ -120,15 +64,23 @@ def pre_tokenizer(definition: dict[str, Any]) -> str:
     )
 
 
-def _tokens(definition: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Token and type of every embedding row."""
-    names: dict[int, tuple[str, int]] = {i: (t, NORMAL) for t, i in definition["model"]["vocab"].items()}
-    for added in definition.get("added_tokens", []):
-        names[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
-    if max(names) >= rows:
+def adds_ends(folder: Path) -> dict[str, bool]:
+    """What llama.cpp has to put before and after a text, as GGUF's keys. Errors: ExportError if a GGUF can't say it."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{folder} has no readable tokenizer ({error}).", "Save it beside the model.") from error
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if full not in (plain, [bos, *plain], [*plain, eos], [bos, *plain, eos]):
         raise ExportError(
-            f"The tokenizer has {max(names) + 1} tokens and the model's embedding {rows} rows.",
-            "Export with the tokenizer that belongs to the model.",
+            f"The tokenizer adds tokens that a GGUF can't express ('a' becomes {full}, without specials {plain}).",
+            "Use a tokenizer that adds nothing but its beginning and end token.",
         )
-    padded = [names.get(i, (f"[PAD{i}]", UNUSED)) for i in range(rows)]
-    return [t for t, _ in padded], [kind for _, kind in padded]
+    return {
+        "tokenizer.ggml.add_bos_token": full != plain and full[0] == bos,
+        "tokenizer.ggml.add_eos_token": full != plain and full[-1] == eos,
+    }

@@ -16,14 +16,18 @@ from typing import Any
 
 import torch
 
-from sparktune.export import ExportError, export_gguf, export_merged
+from sparktune.export import QTYPES, ExportError, export_gguf, export_merged
 from sparktune.export.files import atomic_folder
-from sparktune.export.gguf import QType
 from sparktune.interface import arguments
 from sparktune.interface.origin import Origin, origin_of, transformers_model
 
 METHODS = ("merged_16bit", "lora")
-GGUF_TYPES: dict[str, QType] = {"q8_0": "q8_0", "f16": "f16", "fast_quantized": "q8_0", "not_quantized": "f16"}
+GGUF_TYPES = {
+    **{name: name for name in QTYPES},
+    "fast_quantized": "q8_0",
+    "not_quantized": "f16",
+    "quantized": "q4_k_m",
+}
 
 
 def save_pretrained_merged(
@@ -81,7 +85,8 @@ def save_pretrained_gguf(
 ) -> list[Path]:
     """Write `<save_directory>/<its name>.<TYPE>.gguf` for llama.cpp, one file a method; return their paths.
 
-    quantization_method: "q8_0" ("fast_quantized"), "f16" ("not_quantized"), or a list of them.
+    quantization_method: a type of `sparktune.export.QTYPES` such as "q4_k_m", "fast_quantized" (q8_0), "quantized" (q4_k_m),
+        "not_quantized" (f16), or a list of them.
     The others: as for `save_pretrained_merged`. Errors: ExportError, ValueError or TypeError, with the fix.
     """
     _no_push("save_pretrained_gguf", push_to_hub, token, "push_to_hub_gguf")
@@ -90,10 +95,7 @@ def save_pretrained_gguf(
     asked = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
     for method in asked:
         if method not in GGUF_TYPES:
-            raise ValueError(
-                f"quantization_method={method!r} is not supported: use 'q8_0' or 'f16'; llama.cpp's "
-                "`llama-quantize model.F16.gguf model.Q4_K_M.gguf Q4_K_M` makes the smaller ones from f16."
-            )
+            raise ValueError(f"quantization_method={method!r} is not supported: use one of {', '.join(GGUF_TYPES)}.")
     kinds = list(dict.fromkeys(GGUF_TYPES[method] for method in asked))
     out = Path(save_directory)
     files = [out / f"{out.name}.{kind.upper()}.gguf" for kind in kinds]
