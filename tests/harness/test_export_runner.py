@@ -146,7 +146,7 @@ def plant_not_merged(monkeypatch):
 
 def plant_wrong_scale(monkeypatch):
     right = Adapter.scale
-    monkeypatch.setattr(Adapter, "scale", lambda self, module: right(self, module) * 1.25)
+    monkeypatch.setattr(Adapter, "scale", lambda self, *of: right(self, *of) * 1.25)
 
 
 def plant_one_module_lost(monkeypatch):
@@ -212,6 +212,8 @@ def cut_vocabulary(lost, base, out, qtype, adapter, name):
     rows = len(weights["model.embed_tokens.weight"]) - lost
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:rows].clone()
     save_file(weights, cut / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((cut / "config.json").read_text())
+    (cut / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
     tokenizer = json.loads((cut / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"] = {t: i for t, i in tokenizer["model"]["vocab"].items() if i < rows}
     tokenizer["model"]["merges"] = [m for m in tokenizer["model"]["merges"] if "".join(m) in vocab]
@@ -222,14 +224,14 @@ def cut_vocabulary(lost, base, out, qtype, adapter, name):
 
 
 def test_a_changed_chat_template_is_caught(context, monkeypatch):
-    right = hf._copy
+    right = hf.copy_files
 
     def changed(source, target, names):
         right(source, target, names)
         template = target / "chat_template.jinja"
         template.write_text(template.read_text() + "\n\n")
 
-    monkeypatch.setattr(hf, "_copy", changed)
+    monkeypatch.setattr(hf, "copy_files", changed)
     result = export.run(export_case("merged_16bit"), context)
     assert "chat template" in failed(result)
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from sparktune.export import ggml
-from sparktune.export.checkpoint import Checkpoint
+from sparktune.export.checkpoint import INDEX, Checkpoint
 from sparktune.export.files import ExportError, atomic_file, need_space
 from sparktune.export.gguf_stream import Streamed
-from sparktune.export.gguf_types import PLAIN, QTYPES, Plan, Shape, check_qtype, may_be_quantised, plan_types
+from sparktune.export.gguf_types import EMBEDDING, PLAIN, QTYPES, Plan, Shape, check_qtype, may_be_quantised, plan_types
 from sparktune.export.hf import TOKENIZER_FILES, Exported, copy_tokenizer, exported, opened
 from sparktune.export.imatrix import Importance, read_imatrix
 from sparktune.export.llama_cpp import converter
@@ -67,8 +67,8 @@ def export_gguf(
         )
     important = read_imatrix(imatrix) if imatrix is not None else None
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(_folder(base, adapter, name or base.name))
-        stack.enter_context(_converting(base))
+        folder = stack.enter_context(model_folder(base, adapter, name or base.name))
+        stack.enter_context(converting(base))
         convert, gguf = stack.enter_context(converter())
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_reading(convert, checkpoint, lora))
@@ -96,20 +96,21 @@ def export_gguf(
 
 
 @contextlib.contextmanager
-def _folder(base: Path, adapter: Path | None, name: str) -> Iterator[Path]:
+def model_folder(base: Path, adapter: Path | None, name: str, weights: bool = True) -> Iterator[Path]:
     """A folder as the converter wants it: the base, with the tokenizer that the model has seen. Weights are links."""
     with tempfile.TemporaryDirectory(prefix="sparktune-gguf-") as temporary:
         folder = Path(temporary, name.replace("/", "-") or "model")
         folder.mkdir()
         for file in base.iterdir():
-            if file.is_file() and file.name not in TOKENIZER_FILES:
+            is_weight = file.suffix == ".safetensors" or file.name == INDEX
+            if file.is_file() and file.name not in TOKENIZER_FILES and (weights or not is_weight):
                 (folder / file.name).symlink_to(file.absolute())
         copy_tokenizer(base, adapter, folder)
         yield folder
 
 
 @contextlib.contextmanager
-def _converting(base: Path) -> Iterator[None]:
+def converting(base: Path) -> Iterator[None]:
     """What the converter raises, as an ExportError that says of what."""
     try:
         yield
@@ -180,7 +181,19 @@ def _model(convert: Any, gguf: Any, folder: Path, name: str, file_type: str) -> 
     model.prepare_metadata(vocab_only=False)
     for key, value in adds_ends(folder).items():
         model.gguf_writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value, gguf.GGUFValueType.BOOL)
+    _check_rows(model.gguf_writer)
     return model
+
+
+def _check_rows(writer: Any) -> None:
+    """llama.cpp loads no file whose embedding has more or fewer rows than there are tokens."""
+    tokens = len(writer.kv_data[0]["tokenizer.ggml.tokens"].value)
+    rows = next((info.shape[0] for shard in writer.tensors for n, info in shard.items() if n == EMBEDDING), tokens)
+    if rows != tokens:
+        raise ExportError(
+            f"The embedding has {rows} rows and the vocabulary {tokens} tokens.",
+            "Give the base whose config.json belongs to its weights.",
+        )
 
 
 def _plan(gguf: Any, writer: Any, qtype: str, chosen: Mapping[str, str] | None, important: Importance | None) -> Plan:

@@ -106,7 +106,7 @@ def export_adapter(base: Path, adapter: Path, out: Path, base_name: str = "") ->
             config["base_model_name_or_path"] = base_name
         write_json(part / CONFIG, config)
         copy_tokenizer(base, adapter, part)
-        _copy(base, part, OTHER_FILES[1:])
+        copy_files(base, part, OTHER_FILES[1:])
     pairs = [t for pair in lora.pairs.values() for t in pair] + list(lora.whole.values())
     return exported(out, len(pairs), 0, sum(t.numel() for t in pairs), start)
 
@@ -143,7 +143,7 @@ def export_merged(
         }
         write_json(part / "config.json", {**config, "dtype": str(target).removeprefix("torch.")})
         copy_tokenizer(base, adapter, part)
-        _copy(base, part, (*OTHER_FILES, *IMAGE_FILES))
+        copy_files(base, part, (*OTHER_FILES, *IMAGE_FILES))
     return exported(out, len(plan), len(lora.used) if lora else 0, checkpoint.parameters, start)
 
 
@@ -217,12 +217,13 @@ def rounded(name: str, value: torch.Tensor, target: torch.dtype) -> torch.Tensor
 def copy_tokenizer(base: Path, adapter: Path | None, target: Path) -> None:
     """The tokenizer that the model has seen; of the base's, what a newer transformers no longer saves."""
     source = tokenizer_folder(base, adapter)
-    _copy(source, target, TOKENIZER_FILES)
+    copy_files(source, target, TOKENIZER_FILES)
     if source != base and not (source / "tokenizer.model").is_file():
-        _copy(base, target, ("tokenizer.model",))
+        copy_files(base, target, ("tokenizer.model",))
 
 
-def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
+def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    """Those of `names` that `source` has."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

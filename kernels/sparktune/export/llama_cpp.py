@@ -54,14 +54,15 @@ def converter() -> Iterator[tuple[Any, Any]]:
         logging.basicConfig = lambda **_: (
             None
         )  # its scripts set up the root logger; whoever runs this process does that
-        log = logging.getLogger("hf-to-gguf")
-        level = log.level
-        log.setLevel(logging.ERROR)
+        loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("hf-to-gguf", "lora-to-gguf")}
+        for log in loggers:
+            log.setLevel(logging.ERROR)
         try:
             yield importlib.import_module("convert_hf_to_gguf"), importlib.import_module("gguf")
         finally:
             logging.basicConfig = basic
-            log.setLevel(level)
+            for log, level in loggers.items():
+                log.setLevel(level)
             sys.path[:] = path
             _loaded.clear()
             _loaded.update({name: sys.modules.pop(name) for name in _names()})

@@ -52,9 +52,7 @@ class Place:
             _check(name, weight.shape, (b.shape[0], a.shape[1]))
             return torch.addmm(weight.float(), b, a, alpha=scale)
         if self.expert is not None:
-            one_a, one_b = self._of(self.expert, a, b)
-            if self.part in ("gate", "up"):
-                one_b = one_b.chunk(2)[0 if self.part == "gate" else 1]
+            one_a, one_b = self.of_expert(a, b)
             _check(name, weight.shape, (one_b.shape[0], one_a.shape[1]))
             return torch.addmm(weight.float(), one_b, one_a, alpha=scale)
         merged = weight.float() if weight.dtype != torch.float32 else weight.clone()
@@ -64,6 +62,12 @@ class Place:
             _check(name, weight.shape[1:], tuple(update.shape))
             merged[e].add_(update, alpha=scale)
         return merged
+
+    def of_expert(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and B [out, r] of a place that is one expert's."""
+        assert self.expert is not None
+        one_a, one_b = self._of(self.expert, a, b)
+        return one_a, one_b.chunk(2)[self.part == "up"] if self.part in ("gate", "up") else one_b
 
     def _of(self, expert: int, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, in] and B [out, r] of one expert."""
@@ -84,7 +88,7 @@ def find_places(
         if source in pairs and (module := re.sub(r"(\.base_layer)+$", "", source)).endswith(".experts"):
             found = _of_stack(source, module, pairs[source], shapes, config)
         else:
-            stored = _stored(source if source in whole else f"{source}.weight", shapes)
+            stored = stored_name(source if source in whole else f"{source}.weight", shapes)
             if stored is not None:
                 found = {stored: Place(source)}
         if not found:
@@ -106,7 +110,7 @@ def _of_stack(
     if not experts or rows % experts:
         return None
     for stack in ("gate_up_proj", "down_proj"):  # one tensor for all experts
-        name = _stored(f"{module}.{stack}", shapes)
+        name = stored_name(f"{module}.{stack}", shapes)
         transposed = text.get("model_type") == "gpt_oss"
         if name and shapes[name] == ((experts, inner, out) if transposed else (experts, out, inner)):
             return {name: Place(source, experts, transposed=transposed)}
@@ -114,13 +118,13 @@ def _of_stack(
     for expert, (part, names) in itertools.product(range(experts), PARTS.items()):
         wanted = (out, inner) if part == "down" else (out // 2, inner)
         for name in names:
-            stored = _stored(f"{module}.{expert}.{name}.weight", shapes)
+            stored = stored_name(f"{module}.{expert}.{name}.weight", shapes)
             if stored and shapes[stored] == wanted:
                 found[stored] = Place(source, experts, expert, part)
     return found if len(found) in (experts, 2 * experts) else None
 
 
-def _stored(name: str, shapes: Mapping[str, Any]) -> str | None:
+def stored_name(name: str, shapes: Mapping[str, Any]) -> str | None:
     """The base's name for a tensor, or None."""
     return next((n for n in _candidates(name) if n in shapes), None)
 
