@@ -29,15 +29,31 @@ def read_elf(path: Path) -> Elf | None:
     """Headers of a 64-bit little-endian ELF file; None for anything else, a torn file included."""
     try:
         with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(data)
-    except (OSError, ValueError, OverflowError, struct.error):
+            return parse_elf(data)
+    except (OSError, ValueError):  # mmap refuses an empty file
         return None
 
 
-def _parse(data: mmap.mmap) -> Elf | None:
-    if data[:6] != b"\x7fELF\x02\x01":
+def parse_elf(data: bytes | mmap.mmap) -> Elf | None:
+    """The same of a file's bytes."""
+    try:
+        return _parse(data)
+    except (ValueError, OverflowError, struct.error):
         return None
-    (machine,) = struct.unpack_from("<H", data, 18)
+
+
+def machine_of(head: bytes) -> str | None:
+    """The architecture, from a file's first 20 bytes; None if it is no 64-bit little-endian ELF file."""
+    if len(head) < 20 or head[:6] != b"\x7fELF\x02\x01":
+        return None
+    (machine,) = struct.unpack_from("<H", head, 18)
+    return MACHINES.get(machine, f"ELF machine {machine}")
+
+
+def _parse(data: bytes | mmap.mmap) -> Elf | None:
+    machine = machine_of(data[:20])
+    if machine is None:
+        return None
     (offset,) = struct.unpack_from("<Q", data, 32)
     size, count = struct.unpack_from("<HH", data, 54)
     headers = [struct.unpack_from("<IIQQQQ", data, offset + i * size) for i in range(count)]
@@ -46,10 +62,10 @@ def _parse(data: mmap.mmap) -> Elf | None:
     for kind, _, place, _, _, length in headers:
         if kind == PT_DYNAMIC:
             needed = _needed(data, place, length, loads)
-    return Elf(MACHINES.get(machine, f"ELF machine {machine}"), needed)
+    return Elf(machine, needed)
 
 
-def _needed(data: mmap.mmap, place: int, length: int, loads: list[tuple[int, int, int]]) -> tuple[str, ...]:
+def _needed(data: bytes | mmap.mmap, place: int, length: int, loads: list[tuple[int, int, int]]) -> tuple[str, ...]:
     names, table = [], None
     for at in range(place, place + min(length, 16 * MOST_ENTRIES), 16):
         tag, value = struct.unpack_from("<qQ", data, at)
