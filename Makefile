@@ -9,7 +9,7 @@ WORKERS ?= 2
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup validate test test-slow lint doctor facts list compile selftest bench bench-train sanitize snapshot uninstall verify-rollback report lock schemas clean
+.PHONY: help setup validate test test-slow lint doctor facts list compile selftest bench bench-train sanitize snapshot uninstall verify-rollback report lock lock-image check-locks image-debian schemas clean
 
 help: ## Show every target with its purpose
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -76,6 +76,15 @@ lock: ## Regenerate the hash lock (needs uv)
 	env -u PIP_FIND_LINKS -u UV_FIND_LINKS uv pip compile pyproject.toml requirements/torch.in --extra embedded --extra dev \
 	  --universal --python-version 3.11 --generate-hashes --override requirements/overrides.txt --no-annotate \
 	  --custom-compile-command "make lock" -o requirements/lock.txt
+
+lock-image: setup ## Regenerate the image's locks, for both architectures
+	$(BIN)/python -m sparkproof.locks compile
+
+check-locks: setup ## Prove from wheels on the index that the image's locks fit a Spark (ARGS=--deep reads them whole)
+	$(BIN)/python -m sparkproof.locks check $(ARGS)
+
+image-debian: setup ## Build and try the image on a Debian base with buildah, where there is no Docker engine (root, an hour)
+	scripts/image_debian.sh $(ARGS)
 
 schemas: setup ## Regenerate the committed JSON Schemas
 	@$(BIN)/sparkproof schemas

@@ -1,8 +1,8 @@
 """What only the finished environment can tell, written into the image while it is built. Standard library only.
 
 `finish.py environment PREFIX` runs in the environment: gives CUDA's wheels one folder to be found by, asks its nvcc for its
-version, and writes the third-party notices from the installed metadata. `finish.py image PREFIX --lock SHA ...` runs last: holds the
-lock that was installed against the one that the label names, and writes the key of the compile caches.
+version, and writes the third-party notices from the installed metadata. `finish.py image PREFIX --lock SHA ...` runs last:
+holds the lock that was installed against the one that the label names, and writes the key of the compile caches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-CUDA = "13.0"
 LICENCE_FILES = ("LICEN", "COPYING", "NOTICE", "COPYRIGHT", "EULA")
 RULE = "=" * 100
 
@@ -25,15 +24,15 @@ def stop(message: str) -> None:
     sys.exit(f"docker/Dockerfile: {message}")
 
 
-def link_cuda(prefix: Path) -> None:
+def link_cuda(prefix: Path, cuda: str) -> None:
     """PREFIX/cuda: the folder into which NVIDIA's CUDA 13 wheels unpack bin, include, lib and nvvm."""
     home = Path(sysconfig.get_path("purelib"), "nvidia", "cu13")
     nvcc = home / "bin" / "nvcc"
     if not nvcc.is_file():
-        stop(f"the lock brought no nvcc to {nvcc}; docker/runtime.in must name cuda-toolkit[nvcc].")
+        stop(f"the lock brought no nvcc to {nvcc}.")
     said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True, timeout=120).stdout
-    if f"release {CUDA}," not in said:
-        stop(f"nvcc is not of CUDA {CUDA}: {said.strip().splitlines()[-1]}.")
+    if f"release {cuda}" not in said:
+        stop(f"nvcc is not of CUDA {cuda}: {said.strip().splitlines()[-1]}.")
     (prefix / "cuda").symlink_to(home)
 
 
@@ -69,22 +68,21 @@ def _is_licence(file: metadata.PackagePath) -> bool:
     return inside and (file.name.upper().startswith(LICENCE_FILES) or "licenses" in file.parts)
 
 
-def environment(prefix: Path) -> None:
+def environment(prefix: Path, cuda: str) -> None:
     """After the packages are in."""
-    link_cuda(prefix)
+    link_cuda(prefix, cuda)
     share = prefix / "share"
     share.mkdir(parents=True, exist_ok=True)
     (share / "THIRD_PARTY_NOTICES.txt").write_text(notices(), encoding="utf-8")
 
 
-def image(prefix: Path, lock: str, base: str, revision: str) -> None:
+def image(prefix: Path, lock: str, argument: str, base: str, revision: str) -> None:
     """After everything is in its place."""
     share = prefix / "share"
     installed = hashlib.sha256((share / "lock.txt").read_bytes()).hexdigest()
     if lock != installed:
-        stop(
-            f"LOCK is {lock or 'not given'}, and the lock's sha256 is {installed}: build with --build-arg LOCK={installed}"
-        )
+        given = f"is {lock}" if lock else "was not given"
+        stop(f"{argument} {given}: build with `make image`, or with --build-arg {argument}={installed}")
     key = hashlib.sha256("\n".join((base, installed, revision)).encode()).hexdigest()[:12]
     (share / "cache-key").write_text(f"{key}-triton-{metadata.version('triton')}\n", encoding="utf-8")
 
@@ -94,14 +92,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("moment", choices=("environment", "image"))
     parser.add_argument("prefix", type=Path)
+    parser.add_argument("--cuda", default="13.", help="the start of the release that nvcc must be of")
     parser.add_argument("--lock", default="")
+    parser.add_argument("--argument", default="LOCK", help="the build argument that --lock came from")
     parser.add_argument("--base", default="")
     parser.add_argument("--revision", default="")
     args = parser.parse_args()
     if args.moment == "environment":
-        environment(args.prefix)
+        environment(args.prefix, args.cuda)
     else:
-        image(args.prefix, args.lock, args.base, args.revision)
+        image(args.prefix, args.lock, args.argument, args.base, args.revision)
 
 
 if __name__ == "__main__":

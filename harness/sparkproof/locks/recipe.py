@@ -44,7 +44,7 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("runtime", ("runtime.in",), "overrides.txt", project=True),
+    Recipe("runtime", ("runtime.in",), "runtime-overrides.txt", project=True),
     Recipe("serve", ("serve.in",), "serve-overrides.txt"),
     Recipe("build", ("build.in",)),
     Recipe("llama", ("llama.in",), dependencies=False, wheels=False),
