@@ -75,6 +75,7 @@ def check(recipe: Recipe, folder: Path, source: Source, deep: bool) -> list[judg
     seen = [judge.exact(requirements(folder, recipe.inputs), pins, recipe.inputs[0], named)]
     if not recipe.wheels:
         return seen
+    seen.append(judge.cuda_release(pins))
     wheels, missing = open_wheels(pins, source)
     seen.append(judge.Seen(f"{len(wheels)} pins have an aarch64 wheel with its hash", missing))
     out = requirements(folder, (recipe.overrides,)) if recipe.overrides else []
@@ -84,7 +85,7 @@ def check(recipe: Recipe, folder: Path, source: Source, deep: bool) -> list[judg
     if "bitsandbytes" in wheels:
         seen.append(judge.bitsandbytes_code(wheels["bitsandbytes"]))
     with ThreadPoolExecutor(WORKERS) as pool:
-        seen.append(judge.all_native(list(pool.map(lambda w: judge.native(*w, deep), wheels.items()))))
+        seen.append(judge.all_native(list(pool.map(lambda n: judge.native(n, wheels[n], deep), wheels))))
     return seen
 
 

@@ -24,16 +24,18 @@ SETTINGS = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
 ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 TIMEOUT_S = 60
 BLOCK = 32 * 1024  # a library's header, or a small wheel's directory, in one request
+LARGEST_BLOCK = 4 * 1024 * 1024  # reading on doubles what is asked for, up to this
 RETRIES = 3
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of a project; sha256 in hex, empty where the index states none."""
+    """One file of a project; sha256 in hex, empty where the index states none; size in bytes."""
 
     name: str
     url: str
     sha256: str
+    size: int | None = None
 
 
 class Source(Protocol):
@@ -71,10 +73,10 @@ class HttpIndex:
             raise UserError(f"The package index answers {answer.status_code} for {project}.", "Look at the network.")
         if "json" in answer.headers.get("content-type", ""):
             listed = answer.json()["files"]
-            found = [File(f["filename"], f["url"], f["hashes"].get("sha256", "")) for f in listed]
+            found = [File(f["filename"], f["url"], f["hashes"].get("sha256", ""), f.get("size")) for f in listed]
         else:
             found = _from_html(answer.text)
-        return [File(f.name, urllib.parse.urljoin(str(answer.url), f.url), f.sha256) for f in found]
+        return [File(f.name, urllib.parse.urljoin(str(answer.url), f.url), f.sha256, f.size) for f in found]
 
     def open(self, file: File) -> BinaryIO:
         """A buffered reader over ranges."""
@@ -104,11 +106,12 @@ class Folder:
 
 
 class _Ranges(io.RawIOBase):
-    """A remote file as a seekable one: each read is one range request. Errors: UserError if a range isn't served."""
+    """A remote file as a seekable one, by range requests that grow while it is read on. Errors: UserError if a range isn't served."""
 
     def __init__(self, client: httpx.Client, file: File) -> None:
         self.client, self.file, self.at = client, file, 0
-        self.size = self._length()
+        self.size = file.size or self._length()
+        self.start, self.window, self.block = 0, b"", BLOCK
 
     def readable(self) -> bool:
         return True
@@ -123,11 +126,16 @@ class _Ranges(io.RawIOBase):
         self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
         return self.at
 
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         want = min(len(buffer), self.size - self.at)
         if want <= 0:
             return 0
-        data = self._get(self.at, self.at + want - 1).content
+        if not self.start <= self.at < self.start + len(self.window):
+            on = self.at == self.start + len(self.window)
+            self.block = min(2 * self.block, LARGEST_BLOCK) if on else BLOCK
+            last = min(self.at + max(want, self.block), self.size) - 1
+            self.start, self.window = self.at, self._get(self.at, last).content
+        data = self.window[self.at - self.start :][:want]
         buffer[: len(data)] = data
         self.at += len(data)
         return len(data)

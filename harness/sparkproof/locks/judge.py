@@ -20,6 +20,9 @@ GB10 = 121
 NAMED = ("torch", "triton", "transformers", "unsloth", "unsloth-zoo", "trl", "peft", "bitsandbytes")
 NUMBERED_APART = {"cufft": 12, "cusparse": 12, "cusolver": 12}  # in CUDA 13; the others carry its own number
 OTHER_CUDA = re.compile(r"-cu(?:da)?1[0-2](?:\d\d?)?$|\bcu1[12]\d?$")
+NUMBERED_AS_CUDA = re.compile(
+    r"cuda-(python|bindings|toolkit)|nvidia-(cuda-(runtime|nvrtc|nvcc|cccl|crt|cupti)|cublas|nvvm|nvtx|nvjitlink)"
+)
 BITSANDBYTES = r"bitsandbytes/libbitsandbytes_cuda13\d\.so"
 
 
@@ -112,6 +115,15 @@ def bitsandbytes_code(wheel: Wheel) -> Seen:
     listed = ", ".join(f"sm_{n}" for n in sorted(code)) or "none"
     problem = f"{wheel.file.name}: {member.filename} has machine code for {listed}, and none for sm_{GB10}."
     return Seen(f"{member.filename} has machine code for {listed}", [] if GB10 in code else [problem])
+
+
+def cuda_release(pins: dict[str, Pin]) -> Seen:
+    """Every package that carries CUDA's own number is of CUDA 13."""
+    numbered = [p for name, p in pins.items() if NUMBERED_AS_CUDA.fullmatch(name)]
+    problems = [
+        f"{p.name} {p.version} is of another CUDA than {CUDA_MAJOR}." for p in numbered if p.version.major != CUDA_MAJOR
+    ]
+    return Seen(f"{len(numbered)} packages numbered as CUDA is are {CUDA_MAJOR}", problems)
 
 
 @dataclass(frozen=True)
