@@ -40,6 +40,12 @@ if [ "$LLAMA" != none ]; then
       ln -sf "$(basename "$library")" "${library%%.so.*}.so"
     done
     [ -e "$cuda/lib64" ] || ln -s lib "$cuda/lib64"
+    # The driver's library comes from the host at run time; to link against, a library of its functions' names does. NVIDIA's
+    # toolkit has such a stub, its wheels do not.
+    mkdir -p "$cuda/lib/stubs"
+    grep -ohE '\bcu[A-Z][A-Za-z0-9]*(_v[0-9]+)?(_ptsz|_ptds)?\b' "$cuda/include/cuda.h" | sort -u | sed 's/.*/void &(void) {}/' \
+      | gcc -shared -fPIC -fno-builtin -w -x c -Wl,-soname,libcuda.so.1 -o "$cuda/lib/stubs/libcuda.so" -
+    ln -sf libcuda.so "$cuda/lib/stubs/libcuda.so.1"
     options+=(-DGGML_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=${ARCHITECTURES:?}" "-DCMAKE_CUDA_COMPILER=$cuda/bin/nvcc" "-DCUDAToolkit_ROOT=$cuda")
   fi
   PATH=$tools:$PATH cmake -G Ninja -S "$tree" -B "$work/build" "${options[@]}"

@@ -106,7 +106,7 @@ class Folder:
 
 
 class _Ranges(io.RawIOBase):
-    """A remote file as a seekable one, by range requests that grow while it is read on. Errors: UserError if a range isn't served."""
+    """A remote file, seekable, by range requests that grow while it is read on. Errors: UserError if none is served."""
 
     def __init__(self, client: httpx.Client, file: File) -> None:
         self.client, self.file, self.at = client, file, 0

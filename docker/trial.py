@@ -1,0 +1,153 @@
+"""Tried inside the image, on any architecture and without a GPU: what is in it imports, compiles for GB10, and trains.
+
+Prints a line for each; ends with an exception, or with "all of it works".
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata as metadata
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import triton
+import triton.language as tl
+
+# What the lock pins by name. Unsloth asks for an accelerator when it is imported, so it comes last and may say so.
+PINNED = [
+    "torch",
+    "torchvision",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "trl",
+    "torchao",
+    "liger_kernel",
+    "safetensors",
+    "pynvml",
+    "pytest",
+    "xllamacpp",
+    "gguf",
+    "sparktune",
+    "sparkproof",
+]
+
+
+def timed(start: float) -> str:
+    """Seconds since then."""
+    return f"{time.monotonic() - start:.1f} s"
+
+
+def contained() -> None:
+    """Not root, and no place to write but the temporary ones."""
+    assert os.getuid() != 0, "the image runs as root"
+    for place in ("/opt/sparkproof/x", "/usr/local/bin/x", "/etc/x"):
+        try:
+            Path(place).write_text("x")
+        except OSError:
+            continue
+        raise AssertionError(f"{place} can be written")
+    print(
+        f"uid {os.getuid()} on {platform.machine()}, Python {platform.python_version()}, nothing of the image can be written"
+    )
+
+
+def imports() -> None:
+    """Every pinned package."""
+    for name in PINNED:
+        start = time.monotonic()
+        module = importlib.import_module(name)
+        print(f"import {name} {getattr(module, '__version__', '')} {timed(start)}", flush=True)
+    import torch
+
+    assert torch.version.cuda == "13.0", torch.version.cuda
+    start = time.monotonic()
+    version = metadata.version("unsloth")
+    try:
+        importlib.import_module("unsloth")
+        print(f"import unsloth {version} {timed(start)}", flush=True)
+    except NotImplementedError as error:  # its own refusal where there is no GPU
+        print(
+            f"import unsloth {version}: it is there, and says {str(error).splitlines()[0]!r} {timed(start)}", flush=True
+        )
+
+
+@triton.jit
+def twice(x_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x *= 2, BLOCK elements a program."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + at, tl.load(x_ptr + at, mask=at < n) * 2.0, mask=at < n)
+
+
+def compilers() -> None:
+    """nvcc and Triton's own assembler, each for GB10."""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    assert "release 13.0," in said, said
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "k.cu"), Path(folder, "k.cubin")
+        source.write_text("__global__ void twice(float *x) { x[threadIdx.x] *= 2.0f; }\n")
+        start = time.monotonic()
+        subprocess.run(["nvcc", "-arch=sm_121", "-cubin", "-o", str(cubin), str(source)], check=True)
+        print(f"nvcc 13.0 for sm_121: {cubin.stat().st_size} bytes {timed(start)}", flush=True)
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    start = time.monotonic()
+    signature = {"x_ptr": "*fp32", "n": "i32", "BLOCK": "constexpr"}
+    source = ASTSource(twice, signature, {"BLOCK": 256}, {})
+    built = compile(source, target=GPUTarget("cuda", 121, 32))
+    cubin = built.asm["cubin"]
+    assert b"sm_121" in built.asm["ptx"].encode() and len(cubin) > 1000
+    print(f"Triton for sm_121 by {platform.machine()}'s ptxas: {len(cubin)} bytes {timed(start)}", flush=True)
+
+
+def lora_step() -> None:
+    """A tiny Llama learns: LoRA over frozen weights, a few steps of AdamW, and the adapter changes what it says."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+    )
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    tokens = torch.randint(0, 256, (2, 32))
+    losses = []
+    start = time.monotonic()
+    for _ in range(5):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05, losses
+    print(f"LoRA, 5 steps: loss {losses[0]:.3f} to {losses[-1]:.3f} {timed(start)}", flush=True)
+
+
+def main() -> None:
+    """All of it."""
+    contained()
+    imports()
+    compilers()
+    lora_step()
+    print("all of it works")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Build the image where there is no Docker engine and no way to NVIDIA's registry: on a Debian base, with buildah, and try it with
+# podman as a user would run it: read-only, without privileges, without network.
+#
+#   scripts/image_debian.sh [amd64|arm64] [cpu|none]
+#
+# Needs root and, from Debian, buildah, podman, runc and mmdebstrap (for arm64 also qemu-user-static and arch-test). Debian's Python
+# is 3.13, which the lock serves too; the CUDA side is compiled, never run. docs/image.md has what it takes in time and space.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+arch=${1:-amd64} llama=${2:-none}
+base=localhost/sparkproof-debian:$arch
+image=localhost/sparkproof-debian-test:$arch
+work=${TMPDIR:-/tmp}/sparkproof-image-$arch
+podman=(podman --storage-driver overlay --runtime runc --cgroup-manager cgroupfs)
+
+stop() {
+  echo "image: $1" >&2
+  exit 2
+}
+say() {
+  echo "image: $(date +%T) $1"
+}
+
+case $arch in amd64 | arm64) ;; *) stop "$arch is not known: amd64 or arm64." ;; esac
+case $llama in cpu | none) ;; *) stop "$llama is not known: cpu or none." ;; esac
+[ "$(id -u)" = 0 ] || stop "root is needed: sudo scripts/image_debian.sh $arch $llama"
+for tool in buildah podman runc mmdebstrap; do
+  command -v "$tool" >/dev/null || stop "$tool is missing: sudo apt install buildah podman runc mmdebstrap"
+done
+mkdir -p "$work"
+
+isolation=(--isolation chroot) emulated=()
+if [ "$arch" != "$(dpkg --print-architecture)" ]; then
+  [ "$arch" = arm64 ] || stop "only arm64 is tried under emulation here."
+  [ -e /proc/sys/fs/binfmt_misc/register ] || mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
+  update-binfmts --enable qemu-aarch64 || stop "qemu is missing: sudo apt install qemu-user-static binfmt-support arch-test"
+  # An emulated torch reads the host's processors and crashes: a description of an arm64 one in its place. Only the OCI
+  # isolation honours that mount.
+  printf 'processor\t: %d\nBogoMIPS\t: 100.00\nFeatures\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics asimdhp\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: 0xd0c\nCPU revision\t: 1\n\n' 0 1 > "$work/cpuinfo"
+  isolation=(--isolation oci --runtime runc -v "$work/cpuinfo:/proc/cpuinfo:ro")
+  emulated=(--init --security-opt mask=/sys/devices/system/cpu -v "$work/cpuinfo:/proc/cpuinfo:ro")
+fi
+
+if ! podman --storage-driver overlay image exists "$base"; then
+  say "making a Debian base for $arch"
+  mmdebstrap --quiet --variant=minbase --arch="$arch" --include=ca-certificates,python3,python3-venv trixie "$work/base.tar"
+  podman --storage-driver overlay import --arch "$arch" "$work/base.tar" "$base"
+  rm "$work/base.tar"
+fi
+
+say "building $image (llama.cpp: $llama)"
+echo 'system-certs = true' > "$work/uv.toml"
+buildah --storage-driver overlay bud "${isolation[@]}" --format docker --pull-never --layers --platform "linux/$arch" \
+  --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 -v /etc/ssl/certs:/etc/ssl/certs:ro -v "$work/uv.toml:/etc/uv/uv.toml:ro" \
+  --build-arg BASE_IMAGE="$base" --build-arg PYTHON=python3 --build-arg LLAMA="$llama" --build-arg COMPILE_BYTECODE="${COMPILE_BYTECODE:-1}" \
+  --build-arg JOBS="$(nproc)" --build-arg REVISION="$(git rev-parse HEAD)" --build-arg VERSION="$(git describe --tags --always)" \
+  --build-arg LOCK="$(sha256sum docker/runtime.lock | cut -d' ' -f1)" --target runtime -t "$image" -f docker/Dockerfile .
+podman --storage-driver overlay image inspect "$image" --format 'image: {{.Architecture}} {{.Size}} bytes {{.Digest}}'
+
+# As a user runs it: nothing may be written but /tmp and the cache. Each step has a limit of its own; an emulated crash is a failure.
+run() {
+  local limit=$1
+  shift
+  timeout "$limit" "${podman[@]}" run --rm "${emulated[@]}" --network=none --read-only --cap-drop=all \
+    --security-opt no-new-privileges --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 --shm-size 1g \
+    --tmpfs /tmp:rw,exec,mode=1777 --tmpfs /cache:rw,exec,mode=1777 -v "$PWD/docker/trial.py:/trial.py:ro" "$image" "$@"
+}
+say "imports, a Triton compile for sm_121 by this architecture's ptxas, and a LoRA step inside it"
+run "${TRIAL_LIMIT_S:-1800}" python /trial.py
+say "sparkproof doctor inside it (1 would say that it found an error of the machine)"
+run "${TRIAL_LIMIT_S:-1800}" sparkproof doctor --no-network && code=0 || code=$?
+[ "$code" -le 1 ] || stop "doctor ended with $code."
+say "done: doctor gave $code"
