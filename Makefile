@@ -6,10 +6,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 WORKERS ?= 2
+MODE ?= auto
+PORT ?= 8000
+MODEL ?=
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup validate test test-slow lint doctor facts list compile selftest bench bench-train sanitize snapshot uninstall verify-rollback report lock lock-image check-locks image-debian schemas clean
+.PHONY: help setup validate image shell serve test test-slow lint doctor facts list compile selftest bench bench-train sanitize \
+  snapshot uninstall verify-rollback report lock lock-image check-locks image-debian schemas clean
 
 help: ## Show every target with its purpose
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -21,8 +25,18 @@ else
 	@$(PYTHON) scripts/setup_env.py $(VENV)
 endif
 
-validate: setup ## Judge this machine: smoke without a GPU, quick with one (ARGS='--profile full')
-	@$(BIN)/sparkproof validate $(ARGS)
+validate: setup ## Judge this machine: smoke without a GPU, quick with one (MODE=container|host|auto, ARGS='--profile full')
+	@$(BIN)/sparkproof validate --mode $(MODE) $(ARGS)
+
+image: setup ## Build the image for this machine with Docker or Podman (ARGS='--target serve': vLLM's)
+	@$(BIN)/sparkproof image $(ARGS)
+
+shell: setup ## A shell in the image, with the GPU, and this folder at /work
+	@$(BIN)/sparkproof shell $(ARGS)
+
+serve: setup ## Serve a model from the image on 127.0.0.1 (MODEL=folder or hub id, PORT=8000)
+	@$(if $(MODEL),,echo "error: say which model: make serve MODEL=merged" >&2; exit 2;) \
+	  $(BIN)/sparkproof serve --port $(PORT) $(MODEL) $(ARGS)
 
 test: setup lint ## Run the project's own tests, linter and type checker
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)

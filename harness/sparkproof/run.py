@@ -21,6 +21,7 @@ from sparkproof.controller import Controller, default_profile
 from sparkproof.errors import UserError
 from sparkproof.facts.collect import collect, load
 from sparkproof.facts.model import Facts
+from sparkproof.facts.place import RunsIn
 from sparkproof.match import unmet
 from sparkproof.measure.exclusive import only_run
 from sparkproof.measure.memory import default_floor_gib
@@ -56,6 +57,7 @@ class Request:
     strict: bool = False
     facts: Path | None = None
     wait: bool = False
+    runs_in: RunsIn | None = None  # decided by whoever asked; None: as this process's surroundings say
 
     def overrides(self) -> dict[str, dict[str, Any]]:
         """Fields of training scenarios that the command line sets."""
@@ -143,6 +145,8 @@ def validate(request: Request) -> int:
         trials = bool(request.resume) or _judges_machine(request)
         with console.status("reading this machine ...") if console.is_terminal else nullcontext():
             facts = collect(trials=trials)
+        if request.runs_in is not None:
+            facts.runs_in = request.runs_in
         controller = resume(request, facts) if request.resume else start(request, facts)
         return execute(controller, default_workers(facts) if request.workers is None else request.workers)
 

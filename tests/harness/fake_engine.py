@@ -28,6 +28,7 @@ class Program:
     err: bytes = b""
     code: int = 0
     hangs: bool = False
+    oom: bool = False
     on_signal: dict[str, int] = field(default_factory=lambda: {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": 137})
 
 
@@ -59,7 +60,7 @@ class FakeEngine:
         self.images[key] = {**document, **more}
 
     def container(self, key: str, image: str, labels: dict[str, str] | None = None, running: bool = False) -> None:
-        self.containers[key] = {"Id": key, "Name": f"/{key}", "Config": {"Image": image, "Labels": labels or {}},
+        self.containers[key] = {"Id": key, "Name": f"/{key}", "Config": {"Image": image, "Labels": labels or {}, "Tty": False},
                                 "State": {"Running": running, "ExitCode": 0}, "ended": threading.Event()}  # fmt: skip
 
     def find_image(self, name: str) -> dict[str, Any] | None:
@@ -158,12 +159,12 @@ class Handler(BaseHTTPRequestHandler):
             del e.images[found["Id"]]
         self.answer([{"Untagged": groups[0]}])
 
-    def delete(self, e: FakeEngine, groups: tuple[str, ...], *_: Any) -> None:
+    def delete(self, e: FakeEngine, groups: tuple[str, ...], query: dict[str, str], *_: Any) -> None:
         kind, name = groups
         held: dict[str, Any] = getattr(e, kind)
         if name not in held:
             return self.answer({"message": f"No such {kind[:-1]}: {name}"}, 404)
-        if kind == "containers" and held[name]["State"]["Running"]:
+        if kind == "containers" and held[name]["State"]["Running"] and query.get("force") not in ("1", "True"):
             return self.answer({"message": f"You cannot remove a running container {name}"}, 409)
         del held[name]
         self.answer(status=204)
@@ -205,6 +206,7 @@ class Handler(BaseHTTPRequestHandler):
         if program.hangs:
             c["ended"].wait(20)
         else:
+            c["State"]["OOMKilled"] = program.oom
             self.end(c, program.code)
         self.close_connection = True
 

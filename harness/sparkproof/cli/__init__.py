@@ -9,7 +9,7 @@ import traceback
 import typer
 
 from sparkproof import __version__
-from sparkproof.cli import bench, compare, listing, machine, proof, validate
+from sparkproof.cli import bench, compare, container, listing, machine, proof, validate
 from sparkproof.errors import UserError
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ validate.register(app)
 listing.register(app)
 machine.register(app)
 proof.register(app)
+container.register(app)
 bench.register(app)
 compare.register(app)
 

@@ -55,9 +55,15 @@ def validate(
     dry_run: bool = typer.Option(False, help="Show what would run and what would be skipped, and stop."),
     facts: Path = typer.Option(None, help="With --dry-run: facts of another machine.", show_default=False),
     wait: bool = typer.Option(False, help="Wait for a run in progress instead of stopping."),
+    mode: str = typer.Option(
+        "auto",
+        help="container, host, or auto: a container on a DGX Spark that has an engine and the image, else the host.",
+    ),
+    container_engine: str = typer.Option("auto", help="auto, docker or podman."),
 ) -> None:
     """Judge this machine: run scenarios, record every case, and say one verdict."""
     from sparkproof import run
+    from sparkproof.cli.container import in_place
 
     request = run.Request(
         names=list(names or []),
@@ -78,7 +84,7 @@ def validate(
         facts=facts,
         wait=wait,
     )
-    raise typer.Exit(run.dry_run(request) if dry_run else run.validate(request))
+    raise typer.Exit(in_place(mode, container_engine, request, dry_run))
 
 
 def report(

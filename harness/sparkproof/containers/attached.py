@@ -35,7 +35,7 @@ def run(engine: Engine, spec: Spec, out: BinaryIO | None = None, err: BinaryIO |
     record; the second kills it. Errors: UserError where it does not start.
     """
     out, err = out or sys.stdout.buffer, err or sys.stderr.buffer
-    with container(engine, spec) as key, _terminate_as_interrupt():
+    with container(engine, spec) as key, _interrupts() as asked:
         try:
             stream = engine.api.attach(key, stdout=True, stderr=True, stream=True, demux=True)
             pump = threading.Thread(target=_pump, args=(stream, out, err), daemon=True)
@@ -44,13 +44,12 @@ def run(engine: Engine, spec: Spec, out: BinaryIO | None = None, err: BinaryIO |
         except docker.errors.APIError as e:
             raise refused(e, engine) from None
         _fit_terminal(engine, spec, key)
-        asked = 0
+        told = 0
         while pump.is_alive():
-            try:
-                pump.join(POLL_S)
-            except KeyboardInterrupt:
-                asked += 1
-                _signal(engine, key, "SIGINT" if asked == 1 else "SIGKILL")
+            pump.join(POLL_S)
+            if len(asked) > told:
+                told = len(asked)
+                _signal(engine, key, "SIGINT" if told == 1 else "SIGKILL")
         try:
             code = int(engine.api.wait(key)["StatusCode"])
             state = engine.api.inspect_container(key)["State"]
@@ -143,20 +142,22 @@ def _fit_terminal(engine: Engine, spec: Spec, key: str) -> None:
 
 
 @contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does."""
+def _interrupts() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of raising: an exception in the middle of a request would lose the container."""
+    asked: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        asked.append(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from sparkproof.facts import (
     network,
     nvidia,
     pins,
+    place,
     software,
     system,
     torch_probe,
@@ -157,6 +158,7 @@ class _Collector:
         host, guard = self.host, self.guard
         facts.arch = guard("arch", platform.machine, None)
         facts.os = guard("os", lambda: system.read_os(host), facts.os)
+        facts.runs_in = guard("place", lambda: place.read_place(host), facts.runs_in)
         facts.cpu = guard("cpu", lambda: system.read_cpu(host), facts.cpu)
         facts.limits = guard("limits", system.read_limits, facts.limits)
         facts.disk = guard("disk", system.read_disk, facts.disk)

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from sparkproof.facts.fabric import Fabric
 from sparkproof.facts.installed import History, HubCache, Image, LlamaCpp, Ollama, Pins, Place, Script, Unsloth, Wheels
+from sparkproof.facts.place import RunsIn
 from sparkproof.facts.toolchain import Bitsandbytes, Compiler, CudaToolkit, Python, Torch, Triton
 from sparkproof.facts.tried import Tried
 from sparkproof.results import Strict
@@ -201,6 +202,7 @@ class Facts(Strict):
     python: Python = Field(default_factory=Python)
     compiler: Compiler = Field(default_factory=Compiler)
     container: Container = Field(default_factory=Container)
+    runs_in: RunsIn = Field(default_factory=RunsIn)
     disk: Disk = Field(default_factory=Disk)
     limits: Limits = Field(default_factory=Limits)
     shm: Shm = Field(default_factory=Shm)

@@ -74,6 +74,8 @@ def closing(record: RunRecord, width: int, safe: Callable[[str], str]) -> Iterat
     if record.interrupted or record.missing:
         begin = "Interrupted" if record.interrupted else "Some cases left no result"
         yield Text(f"{begin}. Go on with: sparkproof validate --resume {shlex.quote(str(record.run_dir))}", "yellow")
+    if where := record.facts.runs_in.sentence():
+        yield Text(f"It ran {safe(where)}.")
     yield Text(f"Report: {record.run_dir / 'report.html'}")
     verdict = record.verdict
     style = {"yes": "bold green", "no": "bold red", "not shown": "bold yellow"}[verdict.answer]

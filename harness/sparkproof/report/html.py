@@ -225,6 +225,7 @@ def _machine(record: RunRecord) -> list[tuple[str, str]]:
 def _machine_rows(record: RunRecord) -> Iterable[tuple[str, str]]:
     f = record.facts
     yield "Device", f.device_sentence()
+    yield "Runs", f.runs_in.sentence()
     yield "Is the target", "yes: GB10-class (aarch64, 12.1, one memory pool)" if f.is_target else "no"
     yield "Facts", f.origin
     yield "System", ", ".join(s for s in (f.os.version or f.os.name, f.os.kernel, f.arch) if s)

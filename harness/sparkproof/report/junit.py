@@ -45,6 +45,7 @@ def render(record: RunRecord) -> str:
             suite.add_testcase(case)
         for key, value in (
             ("device", record.facts.device_sentence()),
+            ("place", record.facts.runs_in.sentence()),
             ("profile", record.profile.value),
             ("verdict", record.sentence),
             ("run", record.run_id),

@@ -118,6 +118,8 @@ def _foot(record: RunRecord) -> Iterable[str]:
     made = f"sparkproof {header.versions.get('sparkproof', '')}".strip()
     revision = f", revision {code(header.revision[:13])}" if header.revision else ""
     device, profile = md(record.facts.device_sentence()), record.profile.value
+    where = record.facts.runs_in.sentence()
+    device = f"{device}, {md(where)}" if where else device
     yield f"{device}. Run {code(record.run_id)}, profile {profile}, {md(made)}{revision}."
 
 
