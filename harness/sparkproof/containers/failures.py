@@ -61,14 +61,14 @@ WORDS: list[tuple[str, str, str]] = [
         "Look at the network (proxy, login) and run it again; what was built so far is kept.",
     ),
     (
+        r"rlimit",
+        "This machine does not let {title} set a limit that the container asks for: {said}.",
+        "Run rootless, or on the host: " + ON_HOST,
+    ),
+    (
         r"permission denied",
         "{title} was refused something by the operating system: {said}.",
         "Look at the owner of the folder named there; on SELinux or AppArmor, at the audit log.",
-    ),
-    (
-        r"operation not permitted|rlimit|error setting rlimit",
-        "This machine does not let {title} set a limit that the container asks for: {said}.",
-        "Run rootless, or on the host: " + ON_HOST,
     ),
 ]  # fmt: skip
 

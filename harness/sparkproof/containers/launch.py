@@ -33,6 +33,7 @@ LIMITS = {
     "stack": (67_108_864, resource.RLIMIT_STACK),
     "nofile": (65_536, resource.RLIMIT_NOFILE),
 }
+PROCESSES = 16_384
 INIT_PROGRAMS = ("/usr/libexec/podman/catatonit", "/usr/lib/podman/catatonit", "/usr/bin/catatonit")
 
 
@@ -89,6 +90,9 @@ def limits(engine: Engine) -> dict[str, int]:
         hard = resource.getrlimit(which)[1]
         bound = engine.kind == "podman" and hard != resource.RLIM_INFINITY
         found[name] = hard if bound and (wanted == -1 or wanted > hard) else wanted
+    if engine.kind == "podman":  # left out, Podman asks for four million, which a machine with a bound refuses
+        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+        found["nproc"] = PROCESSES if hard == resource.RLIM_INFINITY else min(PROCESSES, hard)
     return found
 
 

@@ -124,10 +124,10 @@ def _unlike(a: RunRecord, b: RunRecord) -> list[Unlike]:
         same("device", a.facts.device_sentence(), b.facts.device_sentence())
         if not found:  # two of one kind
             found.append(Unlike(what="device", a=str(device_key(a.facts)), b=str(device_key(b.facts))))
-    one, other = a.facts.runs_in, b.facts.runs_in
-    if one.where and other.where:
-        same("where it ran", one.where, other.where)
-        same("image digest", one.digest, other.digest)
+    here, there = a.facts.runs_in, b.facts.runs_in
+    if here.where and there.where:
+        same("where it ran", here.where, there.where)
+        same("image digest", here.digest, there.digest)
     same("profile", a.profile.value, b.profile.value)
     before, after = ({p.name for p in run.header.planned} for run in (a, b))
     same("cases that the other run did not plan", sorted(before - after), sorted(after - before))
