@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+from sparkproof import __version__
 from sparkproof.containers.engine import Engine
 from sparkproof.containers.failures import explain, free_gib
 from sparkproof.containers.names import IMAGE, LOCK_LABEL, REVISION_LABEL, SERVE_IMAGE, is_ours
@@ -130,7 +131,8 @@ def build_command(engine: Engine, root: Path, target: Target, build_args: list[s
     else:
         command = engine.command("build", "--format", "docker")  # HEALTHCHECK is lost in the other format
     variable, lock = LOCKS[target]
-    arguments = {"REVISION": revision(root) or "unknown", variable: _sha256(root / "docker" / lock)}
+    digest = _sha256(root / "docker" / lock)
+    arguments = {"REVISION": revision(root) or "unknown", "VERSION": __version__, variable: digest}
     command += [
         "--platform",
         f"linux/{engine.architecture}",
