@@ -28,7 +28,7 @@ export UNSLOTH_COMPILE_LOCATION="$compiled/unsloth" VLLM_CACHE_ROOT="$compiled/v
 export HF_HOME="${HF_HOME:-$root/huggingface}" XDG_CACHE_HOME="$root" HOME="$root/home"
 # A uid that the image has no name for: getpass asks these before the password file.
 export USER="${USER:-sparkproof}" LOGNAME="${LOGNAME:-sparkproof}"
-export SPARKPROOF_IN_IMAGE=1
+export SPARKPROOF_IN_IMAGE=1 # for the report: where it ran
 
 [ $# -gt 0 ] || set -- sparkproof doctor
 exec "$@"

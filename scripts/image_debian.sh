@@ -13,7 +13,7 @@ arch=${1:-amd64} llama=${2:-none}
 base=localhost/sparkproof-debian:$arch
 image=localhost/sparkproof-debian-test:$arch
 work=${TMPDIR:-/tmp}/sparkproof-image-$arch
-podman=(podman --storage-driver overlay --runtime runc --cgroup-manager cgroupfs)
+podman=(podman --runtime runc --cgroup-manager cgroupfs)
 
 stop() {
   echo "image: $1" >&2
@@ -43,21 +43,21 @@ if [ "$arch" != "$(dpkg --print-architecture)" ]; then
   emulated=(--init --security-opt mask=/sys/devices/system/cpu -v "$work/cpuinfo:/proc/cpuinfo:ro")
 fi
 
-if ! podman --storage-driver overlay image exists "$base"; then
+if ! podman image exists "$base"; then
   say "making a Debian base for $arch"
   mmdebstrap --quiet --variant=minbase --arch="$arch" --include=ca-certificates,python3,python3-venv trixie "$work/base.tar"
-  podman --storage-driver overlay import --arch "$arch" "$work/base.tar" "$base"
+  podman import --arch "$arch" "$work/base.tar" "$base"
   rm "$work/base.tar"
 fi
 
 say "building $image (llama.cpp: $llama)"
 echo 'system-certs = true' > "$work/uv.toml"
-buildah --storage-driver overlay bud "${isolation[@]}" --format docker --pull-never --layers --platform "linux/$arch" \
+buildah --storage-driver "$(podman info --format '{{.Store.GraphDriverName}}')" bud "${isolation[@]}" --format docker --pull-never --layers --platform "linux/$arch" \
   --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 -v /etc/ssl/certs:/etc/ssl/certs:ro -v "$work/uv.toml:/etc/uv/uv.toml:ro" \
   --build-arg BASE_IMAGE="$base" --build-arg PYTHON=python3 --build-arg LLAMA="$llama" --build-arg COMPILE_BYTECODE="${COMPILE_BYTECODE:-1}" \
   --build-arg JOBS="$(nproc)" --build-arg REVISION="$(git rev-parse HEAD)" --build-arg VERSION="$(git describe --tags --always)" \
   --build-arg LOCK="$(sha256sum docker/runtime.lock | cut -d' ' -f1)" --target runtime -t "$image" -f docker/Dockerfile .
-podman --storage-driver overlay image inspect "$image" --format 'image: {{.Architecture}} {{.Size}} bytes {{.Digest}}'
+podman image inspect "$image" --format 'image: {{.Architecture}} {{.Size}} bytes {{.Digest}}'
 
 # As a user runs it: nothing may be written but /tmp and the cache. Each step has a limit of its own; an emulated crash is a failure.
 run() {
