@@ -35,6 +35,7 @@ class ReasonClass(StrEnum):
     CREDENTIALS = "no-credentials"
     CONTAINER = "no-container-engine"
     SOFTWARE = "not-installed"
+    ENGINE = "no-engine"
     UPSTREAM = "upstream-case"
     PLATFORM = "platform"
 

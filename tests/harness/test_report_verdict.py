@@ -38,7 +38,7 @@ def test_a_case_for_other_devices_does_not_count(tmp_path: Path, reason: ReasonC
 
 
 @pytest.mark.parametrize(
-    "reason", [r for r in ReasonClass if r.value not in ("arch", "platform", "compute-capability")]
+    "reason", [r for r in ReasonClass if r.value not in ("arch", "platform", "compute-capability", "no-engine")]
 )
 def test_any_other_skip_withholds_it(tmp_path: Path, reason: ReasonClass) -> None:
     record = with_one(tmp_path, skipped(reason))

@@ -207,7 +207,7 @@ def test_unsloth_where_it_is_not_installed(model, talk, context, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     with pytest.raises(UserError, match="Unsloth is not installed") as caught:
         train.run(make_case(model, talk, engine="unsloth"), context)
-    assert caught.value.skip_class == "not-installed"
+    assert caught.value.skip_class == "no-engine"
 
 
 def test_in_fresh_processes(model, talk, tmp_path):

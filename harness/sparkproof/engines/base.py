@@ -25,7 +25,7 @@ from sparkproof.results import ReasonClass
 class EngineUnavailable(UserError):
     """The engine can't run here; a case that wants it is skipped, by default as not installed."""
 
-    def __init__(self, message: str, fix: str, reason: ReasonClass = ReasonClass.SOFTWARE) -> None:
+    def __init__(self, message: str, fix: str, reason: ReasonClass = ReasonClass.ENGINE) -> None:
         super().__init__(message, fix, skip_class=reason.value)
 
 
@@ -41,6 +41,7 @@ class LoadSpec:
     target_modules: tuple[str, ...]
     compute: Literal["fp32", "bf16"] = "fp32"
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    checkpointing: bool = False  # recompute activations in backward, each engine in its own way
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sparkproof.engines.base import LoadSpec, Ran, greedy
+from sparkproof.engines.marks import Launches
 
 
 class HfEngine:
@@ -17,6 +18,7 @@ class HfEngine:
     name = "hf"
     promises_repeat = True
     has_fp32 = True
+    launches: Launches | None = None
 
     def load(self, spec: LoadSpec) -> tuple[nn.Module, Any]:
         """Load with NF4 and nested statistics, after bitsandbytes' in-place repacking is switched off.
@@ -32,21 +34,24 @@ class HfEngine:
         keep_layout()
         stored = getattr(AutoConfig.from_pretrained(spec.folder), "quantization_config", None) or {}
         mxfp4 = stored.get("quant_method") == "mxfp4"
+        ready = stored.get("quant_method") == "bitsandbytes"  # a checkpoint of NF4 is loaded as it is stored
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=spec.dtype,
         )
+        chosen = Mxfp4Config(dequantize=True) if mxfp4 else quantization if spec.load_in_4bit else None
         model = AutoModelForCausalLM.from_pretrained(
             spec.folder,
             dtype=spec.dtype,
             device_map={"": spec.device},
-            quantization_config=Mxfp4Config(dequantize=True) if mxfp4 else quantization if spec.load_in_4bit else None,
+            **({} if ready else {"quantization_config": chosen}),
         )
         assert_layout(model)
         if spec.load_in_4bit:
             quantise_experts(model)
+        self.launches = Launches()
         return model, AutoTokenizer.from_pretrained(spec.folder)
 
     def add_lora(self, model: nn.Module, spec: LoadSpec) -> nn.Module:
@@ -61,7 +66,11 @@ class HfEngine:
             bias="none",
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(model, config)  # type: ignore[arg-type, no-any-return]
+        lora: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+        if spec.checkpointing:
+            lora.config.use_cache = False
+            lora.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return lora  # type: ignore[no-any-return]
 
     def save_adapter(self, model: nn.Module, folder: Path) -> None:
         """PEFT's save_pretrained."""
@@ -78,5 +87,6 @@ class HfEngine:
         return greedy(model, tokenizer, prompt, max_new_tokens)
 
     def ran(self, model: nn.Module) -> Ran:
-        """Nothing is patched."""
-        return Ran(mode="gpu" if torch.cuda.is_available() else "host")
+        """Nothing is patched; Triton kernels of the other engines' packages would show among the launches."""
+        on_gpu = torch.cuda.is_available()
+        return Ran(mode="gpu" if on_gpu else "host", watermarks=self.launches.foreign() if self.launches else {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from sparkproof.engines.base import Engine, EngineUnavailable
+from sparkproof.engines.base import Engine
 from sparkproof.errors import UserError
 
 NAMES = ("hf", "liger", "unsloth", "sparktune")
@@ -27,6 +27,15 @@ def engine(name: str) -> Engine:
             require_unsloth()
             return UnslothEngine()
         case "liger":
-            raise EngineUnavailable("The engine 'liger' has no adapter here yet.", "Choose hf, sparktune or unsloth.")
+            from sparkproof.engines.liger import LigerEngine, require_liger
+
+            require_liger()
+            return LigerEngine()
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)
     raise UserError(f"There is no engine '{name}'.", f"Did you mean '{near[0]}'? Engines: {', '.join(NAMES)}.")
+
+
+def import_first(name: str) -> None:
+    """Import what wants to come before transformers and PEFT: Unsloth replaces parts of both, and warns when it is late."""
+    if name == "unsloth":
+        import unsloth  # noqa: F401

@@ -28,14 +28,14 @@ class SparktuneEngine(HfEngine):
             load_in_4bit=spec.load_in_4bit,
             dtype=spec.dtype,
             device_map={"": spec.device},
-            use_gradient_checkpointing=False,
+            use_gradient_checkpointing=False,  # add_lora says
         )
         dispatch.reset()
         reset_fallbacks()
         return loaded
 
     def add_lora(self, model: nn.Module, spec: LoadSpec) -> nn.Module:
-        """LoRA by the library's own call; without checkpointing, as the other engines run."""
+        """LoRA by the library's own call."""
         from sparktune import FastLanguageModel
 
         lora: nn.Module = FastLanguageModel.get_peft_model(
@@ -43,7 +43,7 @@ class SparktuneEngine(HfEngine):
             r=spec.rank,
             lora_alpha=spec.alpha,
             target_modules=spec.target_modules,
-            use_gradient_checkpointing=False,
+            use_gradient_checkpointing=spec.checkpointing,
         )
         return lora
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparkproof.engines.base import EngineUnavailable, LoadSpec, Ran, inference
+from sparkproof.engines.marks import Launches
 from sparkproof.results import ReasonClass
 
 
@@ -19,6 +20,7 @@ class UnslothEngine:
     name = "unsloth"
     promises_repeat = False
     has_fp32 = False
+    launches: Launches | None = None
 
     def load(self, spec: LoadSpec) -> tuple[nn.Module, Any]:
         """Load through Unsloth; without the package or without a GPU, say so."""
@@ -26,24 +28,33 @@ class UnslothEngine:
         from unsloth import FastLanguageModel
 
         loaded: tuple[nn.Module, Any] = FastLanguageModel.from_pretrained(
-            str(spec.folder), max_seq_length=spec.seq_len, load_in_4bit=spec.load_in_4bit, dtype=spec.dtype
+            str(spec.folder),
+            max_seq_length=spec.seq_len,
+            load_in_4bit=spec.load_in_4bit,
+            dtype=spec.dtype,
+            use_exact_model_name=True,  # a folder must not be replaced by a repository of a like name
+            local_files_only=True,
+            fix_tokenizer=False,
+            device_map={"": 0},
+            use_gradient_checkpointing="unsloth" if spec.checkpointing else False,
         )
+        self.launches = Launches()
         return loaded
 
     def add_lora(self, model: nn.Module, spec: LoadSpec) -> nn.Module:
-        """Unsloth's get_peft_model; its gradient checkpointing offloads to the CPU, so it stays off."""
+        """Unsloth's get_peft_model, then its training mode."""
         from unsloth import FastLanguageModel
 
-        lora: nn.Module = FastLanguageModel.get_peft_model(
+        lora: Any = FastLanguageModel.get_peft_model(
             model,
             r=spec.rank,
             lora_alpha=spec.alpha,
             target_modules=list(spec.target_modules),
             lora_dropout=0,
             bias="none",
-            use_gradient_checkpointing=False,
+            use_gradient_checkpointing="unsloth" if spec.checkpointing else False,
         )
-        return lora
+        return FastLanguageModel.for_training(lora) or lora
 
     def save_adapter(self, model: nn.Module, folder: Path) -> None:
         """The PEFT format."""
@@ -80,9 +91,11 @@ class UnslothEngine:
         return [int(token) for token in out[0, len(prompt) :]]
 
     def ran(self, model: nn.Module) -> Ran:
-        """Which classes Unsloth's loader put in place."""
+        """Where the model's classes come from, and how often which of Unsloth's kernels was launched."""
         ours = {type(m).__module__.split(".")[0] for m in model.modules()}
-        return Ran(mode="gpu", patches={"modules from": sorted(ours)})
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        marks = self.launches.of("unsloth") | self.launches.of("unsloth_zoo") if self.launches else {}
+        return Ran(mode="gpu", patches={"modules from": sorted(ours), "family": kind}, watermarks=marks)
 
 
 def require_unsloth() -> None:
@@ -91,6 +104,7 @@ def require_unsloth() -> None:
         raise EngineUnavailable(
             "Unsloth is not installed, so nothing was trained with it.",
             "pip install unsloth==2026.10.7, or choose --engine sparktune or --engine hf.",
+            ReasonClass.ENGINE,
         )
     if not torch.cuda.is_available():
         raise EngineUnavailable(

@@ -16,6 +16,8 @@ from sparkproof.results import CaseResult, ReasonClass, Verdict
 # A case that asks for another architecture, platform or compute capability is not meant for the target at all;
 # any other skip is something that the target could have had.
 NOT_FOR_TARGET = frozenset({ReasonClass.ARCH, ReasonClass.PLATFORM, ReasonClass.COMPUTE_CAPABILITY})
+# An engine that nobody installed says nothing about the machine; the sentence names it.
+NOT_NEEDED = NOT_FOR_TARGET | {ReasonClass.ENGINE}
 REAL_MODE = "gpu"
 
 Answer = Literal["yes", "no", "not shown"]
@@ -56,7 +58,7 @@ def judge(
     counts = {v.value: seen.get(v.value, 0) for v in Verdict}
     counts |= {"missing": len(missing), "total": len(results) + len(missing)}
     reasons = _faults(results, missing, interrupted, ended) + _device(facts, results)
-    needed = [r for r in results if r.verdict is Verdict.SKIPPED and r.reason_class not in NOT_FOR_TARGET]
+    needed = [r for r in results if r.verdict is Verdict.SKIPPED and r.reason_class not in NOT_NEEDED]
     if facts.is_target and needed:
         classes = ", ".join(sorted({r.reason_class.value for r in needed if r.reason_class}))
         reasons.append(f"{plural(len(needed), 'case')} that the profile requires could not run ({classes})")
@@ -69,8 +71,11 @@ def judge(
         reasons.append("no training was shown to learn on the GPU")
     validated = not reasons
     if validated:
-        apart = counts["skipped"]
-        note = f" ({plural(apart, 'case')} {'is' if apart == 1 else 'are'} not for this device)" if apart else ""
+        engines = sum(r.reason_class is ReasonClass.ENGINE for r in results)
+        apart = counts["skipped"] - engines
+        said = [f"{plural(apart, 'case')} {'is' if apart == 1 else 'are'} not for this device"] if apart else []
+        said += [f"{plural(engines, 'case')} of engines that are not installed did not run"] if engines else []
+        note = f" ({'; '.join(said)})" if said else ""
         passed = plural(counts["passed"], "case")
         sentence = f"VALIDATED: {facts.device_sentence()} passed all {passed} of profile {profile}{note}."
     else:

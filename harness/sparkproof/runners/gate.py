@@ -13,13 +13,8 @@ from collections.abc import Sequence
 from sparkproof.results import Assertion
 from sparkproof.runners.gate_agreement import accumulated, merged, own_loss, packed, parity
 from sparkproof.runners.gate_evidence import Evidence, example, none_left, number, within
+from sparkproof.runners.gate_kernels import kernels
 from sparkproof.scenario import TrainScenario
-
-NO_KERNEL = ("documents", "dequantize_4bit")  # patched modules that run no op, or another one's
-# Where a family's modules run another op than the one they are patched under: (family, or any; patched as) -> op.
-MERGED_OR_LATENT = ("phi3", "deepseek_v2", "deepseek_v3")  # one product for q, k and v, or latent attention's chain
-RUNS = {("", "moe_mlp"): "grouped_lora"} | {(family, "lora_qkv"): "lora_linear" for family in MERGED_OR_LATENT}
-RUNS |= {("phi3", "lora_mlp"): "lora_linear"}
 
 
 def judge(scenario: TrainScenario, seen: Evidence) -> list[Assertion]:
@@ -198,38 +193,3 @@ def repeated(s: TrainScenario, seen: Evidence) -> list[Assertion]:
             detail=detail,
         )
     ]
-
-
-def kernels(s: TrainScenario, seen: Evidence) -> list[Assertion]:
-    """On a GPU sparktune's kernels ran and no reference stood in; on a CPU the counts must admit references."""
-    if s.engine != "sparktune":
-        return []
-    marks = seen.run["ran"]["watermarks"]
-    wanted = "triton" if seen.run["ran"]["mode"] == "gpu" else "reference"
-    found = []
-    report = seen.run["ran"]["patches"]
-    patched, family = report.get("patched", {}), report.get("family", "")
-    expected = [
-        RUNS.get((family, op), RUNS.get(("", op), op))
-        for op, modules in patched.items()
-        if modules and op not in NO_KERNEL
-    ]
-    if "rope" in expected and "qk_norm_rope" in marks:  # families with norms on the heads of q and k
-        expected[expected.index("rope")] = "qk_norm_rope"
-    for op in dict.fromkeys((*expected, *marks)):
-        counts = marks.get(op, {})
-        other = sum(n for way, n in counts.items() if way != wanted)
-        found.append(
-            Assertion(
-                name=f"{op}: calls that ran as {'a Triton kernel' if wanted == 'triton' else 'the reference'}",
-                passed=counts.get(wanted, 0) > 0 and other == 0,
-                value=counts.get(wanted, 0),
-                bound="> 0, and none otherwise",
-                detail=f"{other} calls ran another way: {counts}." if other else "",
-            )
-        )
-    slow = report.get("fallbacks", {})
-    found.append(none_left("sparktune: reasons for which calls ran module by module", list(slow)))
-    if not expected:
-        found.append(Assertion(name="sparktune: modules patched", passed=False, value=0, bound="> 0"))
-    return found

@@ -8,6 +8,7 @@ of them judges: they return what was seen, and `sparkproof.runners.gate` judges 
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,21 @@ class Bench:
     def __init__(self, payload: dict[str, Any], engine_name: str = "", compute: str = "") -> None:
         from sparkproof.engines.base import LoadSpec
         from sparkproof.engines.loop import make_deterministic
-        from sparkproof.engines.registry import engine
+        from sparkproof.engines.registry import engine, import_first
 
         self.scenario = s = TrainScenario.model_validate(payload["scenario"])
         self.engine = engine(engine_name or s.engine)
+        with under_test(f"importing {self.engine.name}"):
+            import_first(self.engine.name)
         progress("finding the model")
+        self.dataset = str(Path(s.dataset).resolve()) if Path(s.dataset).is_file() else s.dataset
         self.pretrained = resolve(s.model, s.revision, Path(payload["cache_dir"]), s.model_dir)
         if self.pretrained.source in ("hub", "folder"):
             from sparkproof.engines.need import need_memory
 
             need_memory(self.pretrained.path, s)
         self.spec = LoadSpec(
-            folder=self.pretrained.path,
+            folder=self.pretrained.path.resolve(),
             load_in_4bit=s.load_in_4bit,
             seq_len=s.seq_len,
             rank=s.lora.rank,
@@ -48,6 +52,8 @@ class Bench:
             compute=compute or native(payload),  # type: ignore[arg-type]
         )
         make_deterministic(s.seed)
+        if self.engine.name == "unsloth":
+            _work_in(Path(payload["adapter"]).parent)
         progress(f"loading with {self.engine.name}")
         start = time.perf_counter()
         with under_test("loading the model"):
@@ -59,7 +65,7 @@ class Bench:
         s = self.scenario
         return training_data(
             self.tokenizer,
-            load_conversations(s.dataset),
+            load_conversations(self.dataset),
             canary=exchange(s.gate.canary_prompt, s.gate.canary_answer),
             steps=s.steps,
             batch=s.batch,
@@ -141,6 +147,12 @@ class Bench:
 
         with under_test("merging the adapter"):
             return merged_account(self.model, adapter, self.canary_row(), self.spec)
+
+
+def _work_in(folder: Path) -> None:
+    """Stand in the case's own folder: Unsloth writes the code that it compiles into the working directory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
 
 
 def train(payload: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sparkproof.bench.train.setting import TARGETS, Setting
@@ -27,6 +28,7 @@ class Built:
     step: Step
     params: list[Any] = field(default_factory=list)
     notes: Callable[[], dict[str, Any]] = dict
+    ran: Callable[[], dict[str, Any]] | None = None  # `engines.base.Ran` as a dict, asked after the steps
 
 
 def first_import(name: str) -> None:
@@ -36,7 +38,7 @@ def first_import(name: str) -> None:
         raise NotInstalled(
             f"no package {package} here; if it lies in a folder of its own, name that: --site {name}=DIR"
         )
-    if name == "unsloth":
+    if name == "unsloth":  # before the registry, which imports torch
         import unsloth  # noqa: F401
 
 
@@ -47,7 +49,7 @@ def refusal(name: str, device: str) -> str:
 
 def build(name: str, folder: str, s: Setting) -> Built:
     """Build one engine. Errors: RuntimeError where not all its projections are in 4 bits; whatever the engine raises."""
-    built = {"hf": _hf, "liger": _liger, "unsloth": _unsloth, "sparktune": _sparktune}[name](folder, s)
+    built = _sparktune(folder, s) if name == "sparktune" else _adapter(name, folder, s)
     found, wanted = _quantised(built.model), len(TARGETS) * s.layers
     if found != wanted:
         raise RuntimeError(f"{found} of its linear layers are in 4 bits, {wanted} should be")
@@ -56,73 +58,50 @@ def build(name: str, folder: str, s: Setting) -> Built:
     return built
 
 
-def _hf(folder: str, s: Setting) -> Built:
+def _adapter(name: str, folder: str, s: Setting) -> Built:
+    """The engine that training cases use, over the prepared checkpoint. What it launched is among the notes."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map={"": 0 if s.device == "cuda" else "cpu"}, attn_implementation="sdpa",
-        local_files_only=True,
-    )  # fmt: skip
-    model.config.use_cache = False
-    lora = LoraConfig(
-        r=s.rank, lora_alpha=s.alpha, lora_dropout=0.0, bias="none", target_modules=list(TARGETS), task_type="CAUSAL_LM"
+    from sparkproof.engines import registry
+    from sparkproof.engines.base import LoadSpec
+
+    engine = registry.engine(name)
+    spec = LoadSpec(
+        Path(folder), True, s.rows()[1], s.rank, s.alpha, TARGETS, "bf16", s.device, checkpointing=s.gc == "on"
     )
-    model = get_peft_model(model, lora)
-    if s.gc == "on":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model: Any = engine.add_lora(engine.load(spec)[0], spec)
+    model.config.use_cache = False
     _cast(model, s)
     model.train()
 
     def step(ids: Any, labels: Any, positions: Any, lengths: Any) -> Any:
         packed = {} if positions is None else {"position_ids": positions}
-        return model(input_ids=ids, labels=labels, use_cache=False, **packed).loss
-
-    return Built(model, step)
-
-
-def _liger(folder: str, s: Setting) -> Built:
-    from liger_kernel.transformers import monkey_patch
-
-    apply = getattr(monkey_patch, f"apply_liger_kernel_to_{s.shape.kind}")
-    apply(rope=True, swiglu=True, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=True)
-    return _hf(folder, s)
-
-
-def _unsloth(folder: str, s: Setting) -> Built:
-    from unsloth import FastLanguageModel  # isort: skip - before torch
-    import torch
-
-    checkpointing = "unsloth" if s.gc == "on" else False
-    model, _ = FastLanguageModel.from_pretrained(
-        folder, max_seq_length=s.rows()[1], dtype=torch.bfloat16, load_in_4bit=True, use_exact_model_name=True,
-        local_files_only=True, fix_tokenizer=False, device_map={"": 0}, use_gradient_checkpointing=checkpointing,
-    )  # fmt: skip
-    model = FastLanguageModel.get_peft_model(
-        model, r=s.rank, lora_alpha=s.alpha, lora_dropout=0.0, bias="none", target_modules=list(TARGETS),
-        use_gradient_checkpointing=checkpointing, random_state=s.seed,
-    )  # fmt: skip
-    model = FastLanguageModel.for_training(model) or model
-    _cast(model, s)
-
-    def step(ids: Any, labels: Any, positions: Any, lengths: Any) -> Any:
-        packed = {}
-        if positions is not None:
-            of = torch.tensor(lengths, dtype=torch.int32, device=ids.device)
-            packed = {"position_ids": positions, "packed_seq_lengths": of}
+        if packed and name == "unsloth":
+            packed["packed_seq_lengths"] = torch.tensor(lengths, dtype=torch.int32, device=ids.device)
         out = model(input_ids=ids, labels=labels, use_cache=False, **packed)
         return out.loss if hasattr(out, "loss") else out[0]
 
-    return Built(model, step, notes=lambda: {n: n in sys.modules for n in ("xformers", "flash_attn")})
+    def notes() -> dict[str, Any]:
+        kept = {"launches": engine.ran(model).watermarks}
+        return kept | ({n: n in sys.modules for n in ("xformers", "flash_attn")} if name == "unsloth" else {})
+
+    return Built(model, step, notes=notes, ran=lambda: vars(engine.ran(model)))
 
 
 def _sparktune(folder: str, s: Setting) -> Built:
     from sparkproof.bench import yardstick
+    from sparkproof.engines.sparktune import SparktuneEngine
 
     os.environ[yardstick.BUDGET], os.environ[yardstick.OFFLOAD] = str(s.memory_budget_gib), str(int(s.offload))
     made = yardstick.build(folder, s)
-    return Built(made["model"], made["step"], made["params"], lambda: dict(made["notes"].items()))
+    model = made["model"]
+    return Built(
+        model,
+        made["step"],
+        made["params"],
+        lambda: dict(made["notes"].items()),
+        lambda: vars(SparktuneEngine().ran(model)),
+    )
 
 
 def _cast(model: Any, s: Setting) -> None:

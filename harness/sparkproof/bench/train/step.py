@@ -190,11 +190,24 @@ def measure(name: str, folder: str, s: Setting, start: float) -> dict[str, Any]:
     found["trainable"] = sum(p.numel() for p in built.params)
     with optional("notes", failures):
         found["notes"] = _plain(built.notes())
+    if cuda and built.ran is not None:
+        refuse_fallback(name, built.ran())
     if cuda:
         _collect(cuda)
         with optional("copy bandwidth", failures):
             found["copy_gb_s"] = _canary()
     return found
+
+
+def refuse_fallback(name: str, ran: dict[str, Any]) -> None:
+    """Errors: RuntimeError where an engine's own kernels did not run: what was timed was another one."""
+    from sparkproof.runners.gate_kernels import judge_kernels
+
+    missed = [a for a in judge_kernels(name, ran) if not a.passed]
+    if missed:
+        raise RuntimeError(
+            f"{missed[0].name}: {missed[0].value}, allowed {missed[0].bound}. {missed[0].detail}".strip()
+        )
 
 
 def _stepper(
