@@ -40,7 +40,7 @@ class LoadSpec:
     alpha: float
     target_modules: tuple[str, ...]
     compute: Literal["fp32", "bf16"] = "fp32"
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    device: str = field(default_factory=lambda: native_device())
     checkpointing: bool = False  # recompute activations in backward, each engine in its own way
 
     @property
@@ -56,6 +56,11 @@ class LoadSpec:
                 yield
         else:
             yield
+
+
+def native_device() -> str:
+    """Where training runs here: "cuda" or "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def native_compute() -> Literal["fp32", "bf16"]:

@@ -37,15 +37,23 @@ def timed_ms(torch: Any, call: Callable[[], Any], repeats: int) -> float:
 
 def canaries(torch: Any) -> None:
     """Copy and matrix-vector bandwidth past the L2 cache, the matrix rate, and the clock under seconds of load."""
-    free = torch.cuda.mem_get_info(0)[0] / GIB
-    spare = min(free, available_gib() - default_floor_gib())
-    if spare < NEEDED_GIB:
-        say(canaries={"error": f"only {max(0.0, spare):.1f} GiB are free above the floor; {NEEDED_GIB} are needed"})
+    why = refusal(torch)
+    if why:
+        say(canaries={"error": why})
         return
     found: dict[str, Any] = {"copy_gb_s": copy_rate(torch), "gemv_gb_s": gemv_rate(torch)}
     say(canaries=found, stage="it loaded the GPU")
     found |= load(torch)
     say(canaries=found)
+
+
+def refusal(torch: Any) -> str:
+    """Why there is no room for what the canaries allocate, or ""."""
+    free = torch.cuda.mem_get_info(0)[0] / GIB
+    spare = min(free, available_gib() - default_floor_gib())
+    if spare < NEEDED_GIB:
+        return f"only {max(0.0, spare):.1f} GiB are free above the floor; {NEEDED_GIB} are needed"
+    return ""
 
 
 def copy_rate(torch: Any) -> float:
@@ -62,21 +70,22 @@ def gemv_rate(torch: Any) -> float:
     return round(matrix.numel() * 2 / timed_ms(torch, lambda: torch.mv(matrix, vector), 15) / 1e6, 1)
 
 
-def load(torch: Any) -> dict[str, Any]:
-    """Seconds of bf16 products; clock, power, heat and slowdowns are read while they run."""
+def load(torch: Any, seconds: float = 0) -> dict[str, Any]:
+    """`seconds` (LOAD_S unless given) of bf16 products; clock, power, heat and slowdowns are read while they run."""
+    seconds = seconds or LOAD_S
     x, y = (torch.empty(GEMM_SIZE, GEMM_SIZE, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(2))
     out = torch.empty_like(x)
     sensors = Sensors(torch.cuda.get_device_properties(0))
     once = timed_ms(torch, lambda: torch.mm(x, y, out=out), 3)
     batch = max(1, int(100 / max(once, 1e-3)))  # a tenth of a second between readings
     rates, start = [], time.perf_counter()
-    while time.perf_counter() - start < LOAD_S:
+    while time.perf_counter() - start < seconds:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
         for _ in range(batch):
             torch.mm(x, y, out=out)
         last.record()
-        if time.perf_counter() - start > LOAD_S / 2:  # clocks rise late
+        if time.perf_counter() - start > seconds / 2:  # clocks rise late
             sensors.read()
         torch.cuda.synchronize()
         rates.append(2.0 * GEMM_SIZE**3 * batch / first.elapsed_time(last) / 1e9)
@@ -127,6 +136,24 @@ class Sensors:
             self.reasons |= {name for bit, name in REASONS.items() if bits & bit}
         except Exception:
             return
+
+    def energy_mj(self) -> int | None:
+        """Energy that the device has taken since its driver was loaded, in millijoules; None where NVML does not tell."""
+        if self.nvml is None:
+            return None
+        try:
+            return int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle))
+        except Exception:  # NOT_SUPPORTED, as for the others
+            return None
+
+    def max_clock_mhz(self) -> int | None:
+        """The highest SM clock; None where NVML does not tell."""
+        if self.nvml is None:
+            return None
+        try:
+            return int(self.nvml.nvmlDeviceGetMaxClockInfo(self.handle, self.nvml.NVML_CLOCK_SM))
+        except Exception:
+            return None
 
     def summary(self) -> dict[str, Any]:
         """Medians under the names of `tried.Canaries`."""

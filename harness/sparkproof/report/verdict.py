@@ -132,7 +132,7 @@ def can_fine_tune(facts: Facts, results: list[CaseResult], missing: list[str]) -
     """Can this machine fine-tune? Yes only from training that learnt on its GPU, with nothing that contradicts it."""
     training = [r for r in results if r.kind == "train"]
     failed = [r for r in training if r.verdict is Verdict.FAILED]
-    learnt = [r for r in training if r.verdict is Verdict.PASSED]
+    learnt = [r for r in training if r.verdict in (Verdict.PASSED, Verdict.RETEST)]  # a retest is about speed alone
     on_gpu = [r for r in learnt if r.mode == REAL_MODE]
     wrong = [r for r in results if r.kind in ("kernel", "environment") and r.verdict is Verdict.FAILED]
     if failed and not on_gpu:
@@ -180,9 +180,12 @@ def _names(results: list[CaseResult]) -> str:
 def _left_out(results: list[CaseResult], training: list[CaseResult]) -> str:
     """What a reader of 'yes' must also know."""
     notes = []
-    untried = [r for r in training if r.verdict in (Verdict.SKIPPED, Verdict.BROKEN, Verdict.RETEST)]
+    untried = [r for r in training if r.verdict in (Verdict.SKIPPED, Verdict.BROKEN)]
     if untried:
         notes.append(f"{plural(len(untried), 'training case')} gave no verdict")
+    again = sum(r.verdict is Verdict.RETEST for r in training)
+    if again:
+        notes.append(f"the speed of {plural(again, 'training case')} must be measured again")
     other = [r for r in results if r.verdict is Verdict.FAILED and r.kind not in ("train", "kernel", "environment")]
     if other:
         kinds = " and ".join(sorted({r.kind for r in other}))

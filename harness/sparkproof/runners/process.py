@@ -40,6 +40,12 @@ class Outcome:
     duration_s: float = 0.0
     peak_rss_gib: float = 0.0
     min_available_gib: float = 0.0
+    start_available_gib: float = 0.0
+
+    @property
+    def machine_gib(self) -> float:
+        """How much less memory the machine had available at the worst moment than when the process began, in GiB."""
+        return max(0.0, self.start_available_gib - self.min_available_gib)
 
     @property
     def blames_device(self) -> bool:
@@ -98,7 +104,8 @@ def run_process(
     }
     start = time.monotonic()
     status = ""
-    peak_rss, lowest, seen = 0.0, available_gib(), 0
+    at_start = available_gib()
+    peak_rss, lowest, seen = 0.0, at_start, 0
     with open(log_path, "wb") as log:
         process = subprocess.Popen(
             [*command, str(payload_path), str(result_path)],
@@ -132,6 +139,7 @@ def run_process(
         duration_s=time.monotonic() - start,
         peak_rss_gib=peak_rss,
         min_available_gib=lowest,
+        start_available_gib=at_start,
     )
     if status:
         outcome.status = status  # type: ignore[assignment]

@@ -21,6 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from sparkproof.errors import UserError
+from sparkproof.judge.steady import steady
 from sparkproof.results import Assertion, CaseResult, ReasonClass, Verdict
 from sparkproof.runners import gate
 from sparkproof.runners.base import Context
@@ -140,7 +141,7 @@ def ensure_trained(case: Case, context: Context) -> Path:
     pass: what did not learn is not worth exporting.
     """
     result = run(case, context)
-    if result.verdict is not Verdict.PASSED:
+    if result.verdict not in (Verdict.PASSED, Verdict.RETEST):  # a retest learnt: only its speed is in doubt
         raise UserError(
             f"The training case {case.name} ended as {result.verdict.value}: {result.reason}",
             result.next_step,
@@ -166,8 +167,12 @@ def _train_and_judge(t: Training) -> CaseResult:
     else:
         agreed = parity(own, t.reference(), "hf")
     assertions = gate.judge(s, Evidence(ran, again, agreed))
-    verdict, reason = CaseResult.decide(assertions)
     mode = ran["ran"]["mode"]
+    canaries = ran["canaries"]
+    if mode == "gpu":
+        assertions += steady(canaries["before"], canaries["after"], ran["during"], t.context.facts)
+    trusted = all(a.passed for a in assertions if a.about == "speed")
+    verdict, reason = CaseResult.decide(assertions, speed_trusted=trusted)
     _write_account(t, ran)
     for scratch in (*(Path(g["file"]) for g in own.values()), folder / "probe.safetensors"):
         scratch.unlink(missing_ok=True)
@@ -178,8 +183,8 @@ def _train_and_judge(t: Training) -> CaseResult:
         reason=reason,
         next_step=_next_step(assertions, t),
         assertions=assertions,
-        measurements=measurements(s, ran, outcome.peak_rss_gib),
-        notices=_notices(s, mode, again),
+        measurements=measurements(s, ran, outcome.peak_rss_gib, outcome.machine_gib),
+        notices=_notices(s, mode, again, ran["work"].get("why_not", "")),
         evidence=_evidence(ran, again, agreed),
         mode=mode,
         output_tail=outcome.output_tail if verdict is not Verdict.PASSED else "",
@@ -229,17 +234,18 @@ def _evidence(ran: dict[str, Any], again: dict[str, Any], agreed: dict[str, Any]
         "watermarks": ran["ran"]["watermarks"],
         "base": {k: v for k, v in ran["pretrained"].items() if k != "path"},
         "versions": ran["versions"],
+        **({"canaries": ran["canaries"], "while it ran": ran["during"]} if ran["canaries"].get("before") else {}),
     }
 
 
-def _notices(s: TrainScenario, mode: str, again: dict[str, Any]) -> list[str]:
-    found = []
+def _notices(s: TrainScenario, mode: str, again: dict[str, Any], why_no_work: str) -> list[str]:
+    found = [f"No MFU and no speed of light: {why_no_work}."] if why_no_work and mode == "gpu" else []
     if s.engine == "sparktune" and mode == "reference":
-        found = [
+        found += [
             "No GPU: sparktune's plain PyTorch references ran, none of its kernels; this says nothing about speed."
         ]
     elif mode == "host":
-        found = ["No GPU: this ran on the CPU in fp32; it shows that the engine learns, nothing about speed."]
+        found += ["No GPU: this ran on the CPU in fp32; it shows that the engine learns, nothing about speed."]
     if s.engine in s.gate.no_packing:
         apart = Evidence({}, again, {}).closest[1]["fed"]["packed"]["relative"]
         found.append(
@@ -249,8 +255,11 @@ def _notices(s: TrainScenario, mode: str, again: dict[str, Any]) -> list[str]:
 
 
 def _next_step(assertions: list[Assertion], t: Training) -> str:
-    if all(a.passed for a in assertions):
+    missed = [a for a in assertions if not a.passed]
+    if not missed:
         return ""
+    if all(a.about == "speed" for a in missed):
+        return "It learnt; for its speed let the machine idle and cool, end other GPU work, then run it again."
     if not t.scenario.load_in_4bit or t.scenario.engine != "hf":
         return f"Run the same scenario with engine hf: if it passes, the fault lies in {t.scenario.engine}."
     return (

@@ -11,11 +11,20 @@ from sparkproof.scenario import TrainScenario
 WARM_UP = 3  # first steps allocate, choose kernels and fill caches
 
 
-def measurements(s: TrainScenario, ran: dict[str, Any], peak_tree_gib: float) -> list[Measurement]:
-    """Throughput in real tokens, step times, load time and memory; the warm-up steps are left out of the times."""
+def measurements(
+    s: TrainScenario, ran: dict[str, Any], peak_tree_gib: float, machine_gib: float = 0.0
+) -> list[Measurement]:
+    """Throughput in real tokens, step times, MFU and speed of light, energy, load time and memory.
+
+    The warm-up steps are left out of the times. MFU and speed of light are against this process's own canaries: the rate of
+    products, and of copies. Energy is that of all steps, and there only where NVML tells it.
+    """
     seconds, tokens = ran["seconds"][WARM_UP:], ran["tokens"][WARM_UP:]
+    before = ran["canaries"].get("before") or {}
     conditions = {
         **ran["conditions"],
+        **{k: v for k, v in ran["during"].items() if k not in ("max_clock_mhz", "energy_j")},
+        **{f"canary_{k}": before[k] for k in ("copy_gb_s", "gemv_gb_s", "gemm_tflops") if k in before},
         "engine": s.engine,
         "mode": ran["ran"]["mode"],
         "batch": s.batch,
@@ -24,7 +33,9 @@ def measurements(s: TrainScenario, ran: dict[str, Any], peak_tree_gib: float) ->
     }
     found: list[Measurement] = []
 
-    def add(name: str, value: float, unit: str, better: bool | None, samples: list[float] | None = None) -> None:
+    def add(
+        name: str, value: float, unit: str, better: bool | None, samples: list[float] | None = None, **more: Any
+    ) -> None:
         found.append(
             Measurement(
                 name=name,
@@ -33,22 +44,34 @@ def measurements(s: TrainScenario, ran: dict[str, Any], peak_tree_gib: float) ->
                 higher_is_better=better,
                 samples=samples or [],
                 conditions=conditions,
+                **more,
             )
         )
 
     if len(seconds) >= 2:
         milliseconds = [1000 * t for t in seconds]
-        add(
-            "tokens_per_s",
-            sum(tokens) / sum(seconds),
-            "tokens/s",
-            True,
-            [n / t for n, t in zip(tokens, seconds, strict=True)],
-        )
+        rates = [n / t for n, t in zip(tokens, seconds, strict=True)]
+        add("tokens_per_s", sum(tokens) / sum(seconds), "tokens/s", True, rates)
         add("step_p50_ms", median(milliseconds), "ms", False, milliseconds)
-        add("step_p95_ms", quantiles(milliseconds, n=20, method="inclusive")[-1], "ms", False)
+        add("step_p95_ms", quantiles(milliseconds, n=20, method="inclusive")[-1], "ms", False, milliseconds)
+        flops = ran["work"].get("flops", [])[WARM_UP:]
+        if flops and "gemm_tflops" in before:
+            gemm, copy = before["gemm_tflops"] * 1e12, before["copy_gb_s"] * 1e9
+            shares = [100 * f / t / gemm for f, t in zip(flops, seconds, strict=True)]
+            rate = {"reference": 100.0, "reference_name": f"products alone, {before['gemm_tflops']:g} TFLOP/s"}
+            add("MFU", 100 * sum(flops) / sum(seconds) / gemm, "% of GEMM", True, shares, **rate)
+            floors = [f / gemm + ran["work"]["bytes"] / copy for f in flops]
+            light = [100 * f / t for f, t in zip(floors, seconds, strict=True)]
+            named = "products and reading the weights alone, at this device's own rates"
+            add(
+                "speed of light", 100 * sum(floors) / sum(seconds), "% of the floor", True, light,
+                reference=100.0, reference_name=named,
+            )  # fmt: skip
+    if "energy_j" in ran["during"]:
+        add("energy a token", 1000 * ran["during"]["energy_j"] / sum(ran["tokens"]), "mJ", False)
     add("load_s", ran["load_s"], "s", False)
     add("peak_rss_gib", max(peak_tree_gib, ran["memory"]["peak_rss_gib"]), "GiB", False)
+    add("peak_machine_gib", machine_gib, "GiB", False)
     for name in ("peak_gpu_allocated_gib", "peak_gpu_reserved_gib"):
         if name in ran["memory"]:
             add(name, ran["memory"][name], "GiB", False)
