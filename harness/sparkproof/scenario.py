@@ -184,6 +184,48 @@ class TrainScenario(ScenarioBase):
         return self
 
 
+class ComparisonScenario(ScenarioBase):
+    """Engines side by side on one model: interleaved blocks of steps, each engine's speed and memory as ratios to hf's."""
+
+    kind: Literal["comparison"]
+    source: str = Field(
+        default="", description="Name of a train case: its model and its LoRA modules are compared. Or give `shape`."
+    )
+    shape: Literal["", "llama31-8b", "qwen3-8b", "mistral-7b", "llama32-1b", "tiny"] = Field(
+        default="", description="A real model's widths with random weights, written on the spot: no download."
+    )
+    layers: int = Field(default=0, ge=0, description="With `shape`: decoder layers, 0 for all of the model's.")
+    engines: list[EngineName] = Field(
+        default=["hf", "liger", "unsloth", "sparktune"],
+        description="Which are compared; hf is what the others are compared with. One that is not installed is named.",
+    )
+    dataset: str = Field(default="chatterbot:english", description="As for training; random tokens with `shape`.")
+    batch: int = Field(default=2, ge=1, description="Rows a step, each filled to seq_len with conversations.")
+    seq_len: int = Field(default=2048, ge=16, description="Tokens a row.")
+    checkpointing: bool = Field(default=True, description="Gradient checkpointing, each engine in its own way.")
+    load_in_4bit: bool = Field(default=True, description="NF4 base with double quantisation; otherwise 16 bits.")
+    rank: int = Field(default=16, ge=1, description="Of LoRA on every linear layer.")
+    warm_up: int = Field(default=4, ge=1, description="Steps before the first block; the first is compared with hf's.")
+    steps: int = Field(default=4, ge=1, description="Steps of a block.")
+    rounds: int = Field(default=6, ge=2, description="Blocks of each engine, in turn with the others'.")
+    seed: int = Field(default=1234, description="Of LoRA, of the data and of random weights.")
+
+    @property
+    def timed(self) -> bool:
+        """Always."""
+        return True
+
+    @model_validator(mode="after")
+    def _validate_model(self) -> ComparisonScenario:
+        if bool(self.source) == bool(self.shape):
+            raise ValueError("a comparison needs `source`, a train case, or `shape`, and not both")
+        if self.layers and not self.shape:
+            raise ValueError("`layers` goes with `shape`: a train case's model has the layers that it has")
+        if "hf" not in self.engines or len(set(self.engines)) < max(2, len(self.engines)):
+            raise ValueError("`engines` needs hf, which the others are compared with, and another, each once")
+        return self
+
+
 class ExportScenario(ScenarioBase):
     """What was trained goes out in a format and comes back through its real consumer."""
 
@@ -223,7 +265,7 @@ class RollbackScenario(ScenarioBase):
 
 
 Scenario = Annotated[
-    EnvironmentScenario | KernelScenario | TrainScenario | ExportScenario | RollbackScenario,
+    EnvironmentScenario | KernelScenario | TrainScenario | ComparisonScenario | ExportScenario | RollbackScenario,
     Field(discriminator="kind"),
 ]
 SCENARIO_ADAPTER: TypeAdapter[Scenario] = TypeAdapter(Scenario)
@@ -231,6 +273,7 @@ KINDS: dict[str, type[ScenarioBase]] = {
     "environment": EnvironmentScenario,
     "kernel": KernelScenario,
     "train": TrainScenario,
+    "comparison": ComparisonScenario,
     "export": ExportScenario,
     "rollback": RollbackScenario,
 }

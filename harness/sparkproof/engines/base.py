@@ -104,9 +104,22 @@ class Engine(Protocol):
         """Greedy continuation of `prompt`, without the prompt."""
         ...
 
+    def optimizer(self, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+        """What `optim="adamw_8bit"` gives this engine's users, without weight decay."""
+        ...
+
     def ran(self, model: nn.Module) -> Ran:
         """What ran since the model was loaded."""
         ...
+
+
+def adamw_8bit(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """bitsandbytes' 8-bit AdamW on a GPU, PyTorch's AdamW on a CPU, where the former has no step."""
+    if parameters[0].device.type == "cuda":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=learning_rate, weight_decay=0.0)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

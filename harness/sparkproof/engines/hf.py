@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparkproof.engines.base import LoadSpec, Ran, greedy
+from sparkproof.engines.base import LoadSpec, Ran, adamw_8bit, greedy
 from sparkproof.engines.marks import Launches
 
 
@@ -85,6 +85,10 @@ class HfEngine:
     def generate(self, model: nn.Module, tokenizer: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
         """Greedy generation with the cache."""
         return greedy(model, tokenizer, prompt, max_new_tokens)
+
+    def optimizer(self, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+        """bitsandbytes'."""
+        return adamw_8bit(parameters, learning_rate)
 
     def ran(self, model: nn.Module) -> Ran:
         """Nothing is patched; Triton kernels of the other engines' packages would show among the launches."""

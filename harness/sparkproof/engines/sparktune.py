@@ -47,6 +47,14 @@ class SparktuneEngine(HfEngine):
         )
         return lora
 
+    def optimizer(self, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+        """The library's own 8-bit AdamW, all tensors in two launches."""
+        from sparktune.optim import AdamW8bit
+
+        if parameters[0].device.type != "cuda":
+            return super().optimizer(parameters, learning_rate)
+        return AdamW8bit(parameters, lr=learning_rate, weight_decay=0.0)
+
     def ran(self, model: nn.Module) -> Ran:
         """The patch report, calls that ran module by module, and per op how often a kernel or something else ran."""
         from sparktune import FastLanguageModel

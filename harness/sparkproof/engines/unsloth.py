@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparkproof.engines.base import EngineUnavailable, LoadSpec, Ran, inference
+from sparkproof.engines.base import EngineUnavailable, LoadSpec, Ran, adamw_8bit, inference
 from sparkproof.engines.marks import Launches
 from sparkproof.results import ReasonClass
 
@@ -89,6 +89,10 @@ class UnslothEngine:
         finally:
             FastLanguageModel.for_training(model)
         return [int(token) for token in out[0, len(prompt) :]]
+
+    def optimizer(self, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+        """bitsandbytes'."""
+        return adamw_8bit(parameters, learning_rate)
 
     def ran(self, model: nn.Module) -> Ran:
         """Where the model's classes come from, and how often which of Unsloth's kernels was launched."""

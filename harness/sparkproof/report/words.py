@@ -28,6 +28,7 @@ KIND_TITLES = {
     "environment": ("Environment", "driver, toolkits, limits and settings that fine-tuning depends on"),
     "kernel": ("Kernels", "fused operations agree with their references, and compile within the device's limits"),
     "train": ("Training", "a real model learns what it is taught, again and again the same way"),
+    "comparison": ("Engines", "engines side by side on one model: interleaved, each against hf"),
     "export": ("Export", "what was trained comes back through the programs that use it"),
     "rollback": ("Rollback", "the machine can be put back as it was"),
     "distributed": ("Distributed", "several machines train as one"),

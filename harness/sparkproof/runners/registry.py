@@ -10,6 +10,7 @@ _MODULES = {
     "environment": "sparkproof.runners.environment",
     "kernel": "sparkproof.runners.kernel",
     "train": "sparkproof.runners.train",
+    "comparison": "sparkproof.runners.comparison",
     "export": "sparkproof.runners.export",
     "rollback": "sparkproof.runners.rollback",
 }

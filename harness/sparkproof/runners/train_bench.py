@@ -46,7 +46,7 @@ class Bench:
         )
         make_deterministic(s.seed)
         if self.engine.name == "unsloth":
-            _work_in(Path(payload["adapter"]).parent)
+            work_in(Path(payload["adapter"]).parent)
         progress(f"loading with {self.engine.name}")
         start = time.perf_counter()
         with under_test("loading the model"):
@@ -149,7 +149,7 @@ def native(payload: dict[str, Any]) -> str:
     return str(payload.get("compute") or native_compute())
 
 
-def _work_in(folder: Path) -> None:
+def work_in(folder: Path) -> None:
     """Stand in the case's own folder: Unsloth writes the code that it compiles into the working directory."""
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
