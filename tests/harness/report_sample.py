@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sparkproof.facts.model import Cpu, Driver, Facts, Gpu, Memory, Os, Torch, Triton
+from sparkproof.judge.comparison import Side, judge
 from sparkproof.report.record import Planned, RunRecord, load, spell_non_finite
 from sparkproof.report.runrecord import EndLine, Header, ResultLine
 from sparkproof.results import Assertion, CaseResult, Measurement, ReasonClass, Verdict
-from sparkproof.scenario import Profile
+from sparkproof.scenario import Case, ComparisonScenario, Profile
 
 XSS = "<script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
 EVIL = XSS + " & | `x` ``` ]]> \x1b[31mred\x1b[0m \x00\x07 \u202e| {{ 7*7 }} [[ATTACHMENT|/etc/passwd]]"
@@ -97,6 +98,52 @@ def export(fmt: str, kl: float) -> CaseResult:
     kl_mean = metric("KL, mean", kl, "nats", False, reference=kl * 4, reference_name="largest allowed")
     size = metric("export size", 270.0, "MiB", False)
     return case(f"export/smollm2/{fmt}", "export", measurements=[kl_mean, size], mode="host")
+
+
+def comparison(**more: Any) -> CaseResult:
+    """Engines side by side on shapes of Llama-3.1-8B: one is not installed; made-up numbers."""
+    hf = {"blocks": [[240.0, 241.0, 239.5]] * 6, "loss": 12.1, "norm": 0.80}
+
+    def side(name: str, ms: float, gib: float, marks: dict[str, int], **patches: Any) -> Side:
+        noise = [0.0, 0.6, -0.4, 0.3, -0.2, 0.5]
+        return Side(
+            name,
+            {
+                **hf, "blocks": [{"ms": [ms + d, ms - d, ms + d / 2], "during": DURING} for d in noise],
+                "memory": {"peak_gpu_allocated_gib": gib, "peak_gpu_reserved_gib": gib + 0.4, "peak_rss_gib": 3.0},
+                "ran": {
+                    "mode": "gpu", "patches": patches, "watermarks": {k: {"triton": n} for k, n in marks.items()},
+                },
+                "work": {"flops": 4.2e13, "bytes": 3.6e9}, "first_step_s": 3.1, "load_s": 9.0, "versions": {"torch": "2.14.1"},
+            },
+            machine_gib=gib + 1.9,
+        )  # fmt: skip
+
+    asked = {"rope": True, "rms_norm": True, "swiglu": True, "fused_linear_cross_entropy": True}
+    liger = {"rope": 128, "rms_norm": 272, "swiglu": 128, "cross_entropy": 16}
+    ours = {op: 64 for op in ("rms_norm", "lora_mlp")}
+    sides = [
+        side("hf", 1712.0, 7.31, {}),
+        side("liger", 1702.0, 5.02, liger, asked=asked),
+        Side("unsloth", missing="Unsloth is not installed, so nothing was trained with it."),
+        side("sparktune", 1188.0, 3.94, ours, patched=dict.fromkeys(ours, 8), family="llama", fallbacks={}),
+    ]
+    sides = more.pop("sides", sides)
+    canaries = more.pop("canaries", {"before": CANARIES, "after": CANARIES})
+    scenario = ComparisonScenario(
+        kind="comparison", summary="engines side by side", shape="llama31-8b", layers=8, matrix={}, steps=3
+    )
+    name = "comparison/llama/8b_shapes_qlora_single_device"
+    result = judge(Case(name=name, file="c.yaml", scenario=scenario), None, sides, canaries, spark())
+    result.started, result.duration_s, result.rerun = STARTED, 184.0, f"sparkproof validate '{name}'"
+    return result
+
+
+DURING = {"clock_mhz": 2410, "power_w": 88.0, "temperature_c": 63.0, "slowdowns": [], "energy_j": 430.0}
+CANARIES = {
+    "copy_gb_s": 186.0, "gemv_gb_s": 231.0, "gemm_tflops": 61.0, "load_clock_mhz": 2405, "load_power_w": 92.0,
+    "load_temperature_c": 61.0, "load_throttle_reasons": [],
+}  # fmt: skip
 
 
 def good_results() -> list[CaseResult]:

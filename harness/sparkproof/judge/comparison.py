@@ -228,4 +228,5 @@ def speed(ratio: Interval) -> str:
     """'1.44 ± 0.03 times as fast as hf', or that no difference was seen."""
     if ratio.spans(1.0):
         return f"showed no difference from hf in speed ({ratio.value:.2f} times, {ratio.low:.2f} to {ratio.high:.2f})"
-    return f"was {ratio.value:.2f} ± {(ratio.high - ratio.low) / 2:.2f} times as fast as hf"
+    half = (ratio.high - ratio.low) / 2
+    return f"was {ratio.value:.2f} ± {f'{half:.2f}' if half >= 0.005 else 'under 0.01'} times as fast as hf"

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sparkproof.report import engines
 from sparkproof.report.runrecord import RunRecord
 from sparkproof.report.words import (
     KIND_TITLES,
@@ -29,6 +30,7 @@ OUTPUT_LINES = 12
 MISSED = 5  # assertions of one failure
 MEASURED_ROWS = 40
 NARROW = 72
+WIDE = 110
 NOT_GOOD = (Verdict.FAILED, Verdict.BROKEN, Verdict.RETEST)
 
 
@@ -60,6 +62,7 @@ def closing(record: RunRecord, width: int, safe: Callable[[str], str]) -> Iterat
     if metrics.row_count:
         yield Text("")
         yield metrics
+    yield from _engines(record, width, safe)
     bad = by_urgency(record.of(*NOT_GOOD))
     if bad:
         yield Text("\nWhat went wrong:", "bold")
@@ -81,6 +84,24 @@ def closing(record: RunRecord, width: int, safe: Callable[[str], str]) -> Iterat
     style = {"yes": "bold green", "no": "bold red", "not shown": "bold yellow"}[verdict.answer]
     yield Text.assemble("Can this machine fine-tune? ", (safe(verdict.answer_sentence), style))
     yield Text(safe(record.sentence), "bold green" if record.validated else "bold")
+
+
+def _engines(record: RunRecord, width: int, safe: Callable[[str], str]) -> Iterator[RenderableType]:
+    """The table of engines and the sentence on their speeds; nothing in a run that trained nothing."""
+    rows = engines.rows(record)
+    if not rows and not any(r.kind == "comparison" for r in record.results):
+        return
+    yield Text("")
+    shown = range(len(engines.HEADS)) if width >= WIDE else (0, 2, 3, 4, 5, 6)
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if width >= NARROW else 1, 0, 0))
+    for i in shown:
+        table.add_column(engines.HEADS[i], justify="right" if i in (4, 5, 7) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(safe(row.cells[i])) for i in shown), style="" if row.counted else "dim")
+    if rows:
+        yield table
+    for sentence in engines.claims(record):
+        yield Text(safe(sentence), "bold")
 
 
 def _table(record: RunRecord, width: int) -> Table:

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from sparkproof.report import words
+from sparkproof.report import engines, words
 from sparkproof.report.charts import Chart, Line, line_chart
 from sparkproof.report.runrecord import RunRecord
 from sparkproof.report.sections import floats, sections
@@ -95,6 +95,7 @@ def render(record: RunRecord) -> str:
             bad=bad,
             skipped=skipped,
             sections=sections(record),
+            engines=engines,
             verdicts=[v.value for v in Verdict],
             css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from sparkproof.report import engines
 from sparkproof.report.runrecord import RunRecord
 from sparkproof.report.words import (
     KIND_TITLES,
@@ -34,7 +35,10 @@ def render(record: RunRecord) -> str:
     """`summary.md` as text, under 1,024 KiB."""
     out: list[str] = []
     size = 0
-    blocks = [*_head(record), *_failures(record), *_missing(record), *_skipped(record), *_cases(record), *_foot(record)]
+    blocks = [
+        *_head(record), *_failures(record), *_missing(record), *_engines(record), *_skipped(record), *_cases(record),
+        *_foot(record),
+    ]  # fmt: skip
     for n, block in enumerate(blocks):
         size += len(block.encode("utf-8", errors="replace")) + 1
         if size > LIMIT_BYTES:
@@ -85,6 +89,17 @@ def _missing(record: RunRecord) -> Iterable[str]:
         yield "### Without a result\n"
         yield f"The run ended before these. `sparkproof validate --resume {record.run_id}` runs them.\n"
         yield "\n".join(f"- {code(p.name)}" for p in record.missing) + "\n"
+
+
+def _engines(record: RunRecord) -> Iterable[str]:
+    rows = engines.rows(record)
+    if rows or any(r.kind == "comparison" for r in record.results):
+        yield "### Engines\n"
+        yield from (f"{md(sentence)}\n" for sentence in engines.claims(record))
+    if rows:
+        yield f"| {' | '.join(engines.HEADS)} |\n|{' --- |' * len(engines.HEADS)}"
+        yield from (f"| {' | '.join(md(c) for c in row.cells)} |" for row in rows)
+        yield ""
 
 
 def _skipped(record: RunRecord) -> Iterable[str]:

@@ -185,20 +185,28 @@ def _train_and_judge(t: Training) -> CaseResult:
         assertions=assertions,
         measurements=measurements(s, ran, outcome.peak_rss_gib, outcome.machine_gib),
         notices=_notices(s, mode, again, ran["work"].get("why_not", "")),
-        evidence=_evidence(ran, again, agreed),
+        evidence=_evidence(t, ran, again, agreed),
         mode=mode,
         output_tail=outcome.output_tail if verdict is not Verdict.PASSED else "",
         artifacts={"adapter": str(t.adapter.relative_to(t.context.run_dir))},
     )
 
 
+def _subject(t: Training) -> dict[str, Any]:
+    """Who trained what, for the report's table of engines."""
+    s, parts = t.scenario, t.case.name.partition("[")[0].split("/")
+    family = parts[1] if len(parts) > 2 else ""
+    return {"family": family, "model": s.model, "engine": s.engine, "batch": s.batch, "seq_len": s.seq_len}
+
+
 def _untrainable(t: Training, ran: dict[str, Any]) -> CaseResult:
     """The engine gave a model without LoRA, or froze it: no step was made."""
     assertions = gate.lora(t.scenario, Evidence(ran, {}, {}))
     verdict, reason = CaseResult.decide(assertions)
+    evidence = {"subject": _subject(t), "lora": ran["lora"], "patches": ran["ran"]["patches"]}
     return CaseResult(
         name=t.case.name, kind="train", verdict=verdict, reason=reason, next_step=_next_step(assertions, t),
-        assertions=assertions, evidence={"lora": ran["lora"], "patches": ran["ran"]["patches"]}, mode=ran["ran"]["mode"],
+        assertions=assertions, evidence=evidence, mode=ran["ran"]["mode"],
     )  # fmt: skip
 
 
@@ -221,10 +229,11 @@ def _write_account(t: Training, ran: dict[str, Any]) -> None:
     write_json(t.adapter / "train.json", account)
 
 
-def _evidence(ran: dict[str, Any], again: dict[str, Any], agreed: dict[str, Any]) -> dict[str, Any]:
+def _evidence(t: Training, ran: dict[str, Any], again: dict[str, Any], agreed: dict[str, Any]) -> dict[str, Any]:
     closest = Evidence(ran, again, agreed).closest[1]
     keys = ("loss", "grad_norm", "canary_before", "canary_after", "held_out_before", "held_out_after", "lora", "data")
     return {
+        "subject": _subject(t),
         **{key: ran[key] for key in keys},
         "repeat": again["repeat"],
         "fed": closest["fed"],
