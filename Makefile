@@ -61,7 +61,8 @@ list: setup ## List the cases of a profile
 compile: setup ## Compile every kernel for sm_121 and hold it to GB10's limits (no GPU needed)
 	@$(BIN)/sparkproof compile $(ARGS)
 
-selftest: setup ## Prove that the kernel tests and the learning gate catch planted faults
+selftest: setup ## Prove that the kernel tests, the learning gate and the memory watchdog catch planted faults
+	@$(BIN)/sparkproof selftest memory
 	@$(BIN)/sparkproof selftest train
 	@$(BIN)/sparkproof selftest kernels $(ARGS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import shlex
 import shutil
@@ -21,6 +22,7 @@ from sparkproof import catalog
 from sparkproof.errors import UserError
 from sparkproof.facts.model import Facts
 from sparkproof.match import unmet
+from sparkproof.measure import baseline
 from sparkproof.measure.exclusive import machine_lock
 from sparkproof.measure.memory import default_floor_gib
 from sparkproof.results import CaseResult, ReasonClass, Strict, Verdict
@@ -57,6 +59,8 @@ class RunSession:
     def __init__(self, settings: Settings, progress: Callable[[str], None] = lambda text: None) -> None:
         self.settings = settings
         self.catalog = catalog.load(settings.scenarios, settings.overrides)
+        self._read = baseline.reader(settings.facts)
+        self._before: float | None = None
         self.context = Context(
             run_dir=settings.run_dir.resolve(),  # children and tools get absolute paths, wherever they run
             facts=settings.facts,
@@ -87,6 +91,25 @@ class RunSession:
         result.rerun = rerun_command(case.name, self.settings)
         return result
 
+    def _memory_returned(self) -> baseline.Return | None:
+        """Before a timed case, which has the machine alone: wait for what earlier ones took. None where nothing tells."""
+        if self._read is None:
+            return None
+        if self._before is None:
+            self._before = self._first_available()
+        returned = baseline.wait(self._before, self._read)
+        if not returned.back:
+            self.context.progress(returned.notice)
+        return returned
+
+    def _first_available(self) -> float:
+        """What was available when the run began: of all its processes the first one to ask writes it down."""
+        assert self._read is not None
+        note = self.settings.run_dir / "memory-baseline.json"
+        if not note.exists():
+            note.write_text(json.dumps(self._read()), encoding="utf-8")
+        return float(json.loads(note.read_text(encoding="utf-8")))
+
     def _own(self) -> None:
         """Put what this run makes outside its reports on the list of ours, so that `uninstall` finds it."""
         if not self.settings.cache_dir.exists():
@@ -109,7 +132,11 @@ class RunSession:
         heavy = case.kind != "environment"
         try:
             with machine_lock(exclusive=case.scenario.timed) if heavy else nullcontext():
-                return runner(case.kind)(case, self.context)
+                returned = self._memory_returned() if heavy and case.scenario.timed else None
+                result = runner(case.kind)(case, self.context)
+                if returned is not None and returned.notice:
+                    result.notices.append(returned.notice)
+                return result
         except UserError as e:
             reason = ReasonClass(e.skip_class) if e.skip_class else None
             return CaseResult(

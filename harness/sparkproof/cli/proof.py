@@ -148,3 +148,16 @@ def selftest_train(
             f"{document['seconds']:.0f} s."
         )
     raise typer.Exit(0 if document["passed"] else 1)
+
+
+@selftest.command("memory")
+def selftest_memory(
+    json_out: bool = typer.Option(False, "--json", help="One JSON document instead of a sentence."),
+) -> None:
+    """Fill memory inside a control group against the watchdog; exit 1 if the case does not die, or the run with it."""
+    from sparkproof.judge import selftest_memory as pressure
+
+    with _working("filling memory inside a control group"):
+        document = pressure.run()
+    print(json.dumps(document, indent=1) if json_out else document["sentence"])
+    raise typer.Exit(0 if document["passed"] else 1)
