@@ -24,7 +24,7 @@ from pydantic_core import ErrorDetails
 from sparkproof.errors import UserError
 from sparkproof.scenario import KINDS, SCENARIO_ADAPTER, Case, Profile
 
-KIND_ORDER = ["environment", "kernel", "train", "comparison", "export", "rollback"]
+KIND_ORDER = ["environment", "kernel", "train", "comparison", "fit", "export", "rollback"]
 NOT_SCENARIOS = "profiles"
 
 

@@ -184,17 +184,42 @@ class TrainScenario(ScenarioBase):
         return self
 
 
-class ComparisonScenario(ScenarioBase):
-    """Engines side by side on one model: interleaved blocks of steps, each engine's speed and memory as ratios to hf's."""
+Shape = Literal["", "llama31-8b", "qwen3-8b", "mistral-7b", "llama32-1b", "tiny"]
 
-    kind: Literal["comparison"]
+
+class OnOneModel(ScenarioBase):
+    """What is asked of one model: a train case's, or random weights in a real model's shapes."""
+
     source: str = Field(
-        default="", description="Name of a train case: its model and its LoRA modules are compared. Or give `shape`."
+        default="", description="Name of a train case: its model and its LoRA modules are used. Or give `shape`."
     )
-    shape: Literal["", "llama31-8b", "qwen3-8b", "mistral-7b", "llama32-1b", "tiny"] = Field(
+    shape: Shape = Field(
         default="", description="A real model's widths with random weights, written on the spot: no download."
     )
     layers: int = Field(default=0, ge=0, description="With `shape`: decoder layers, 0 for all of the model's.")
+    checkpointing: bool = Field(default=True, description="Gradient checkpointing, each engine in its own way.")
+    load_in_4bit: bool = Field(default=True, description="NF4 base with double quantisation; otherwise 16 bits.")
+    rank: int = Field(default=16, ge=1, description="Of LoRA on every linear layer.")
+    seed: int = Field(default=1234, description="Of LoRA, of the data and of random weights.")
+
+    @property
+    def timed(self) -> bool:
+        """Always: nothing may run beside it."""
+        return True
+
+    @model_validator(mode="after")
+    def _validate_model(self) -> OnOneModel:
+        if bool(self.source) == bool(self.shape):
+            raise ValueError("it needs `source`, a train case, or `shape`, and not both")
+        if self.layers and not self.shape:
+            raise ValueError("`layers` goes with `shape`: a train case's model has the layers that it has")
+        return self
+
+
+class ComparisonScenario(OnOneModel):
+    """Engines side by side on one model: interleaved blocks of steps, each engine's speed and memory as ratios to hf's."""
+
+    kind: Literal["comparison"]
     engines: list[EngineName] = Field(
         default=["hf", "liger", "unsloth", "sparktune"],
         description="Which are compared; hf is what the others are compared with. One that is not installed is named.",
@@ -202,28 +227,30 @@ class ComparisonScenario(ScenarioBase):
     dataset: str = Field(default="chatterbot:english", description="As for training; random tokens with `shape`.")
     batch: int = Field(default=2, ge=1, description="Rows a step, each filled to seq_len with conversations.")
     seq_len: int = Field(default=2048, ge=16, description="Tokens a row.")
-    checkpointing: bool = Field(default=True, description="Gradient checkpointing, each engine in its own way.")
-    load_in_4bit: bool = Field(default=True, description="NF4 base with double quantisation; otherwise 16 bits.")
-    rank: int = Field(default=16, ge=1, description="Of LoRA on every linear layer.")
     warm_up: int = Field(default=4, ge=1, description="Steps before the first block; the first is compared with hf's.")
     steps: int = Field(default=4, ge=1, description="Steps of a block.")
     rounds: int = Field(default=6, ge=2, description="Blocks of each engine, in turn with the others'.")
-    seed: int = Field(default=1234, description="Of LoRA, of the data and of random weights.")
-
-    @property
-    def timed(self) -> bool:
-        """Always."""
-        return True
 
     @model_validator(mode="after")
-    def _validate_model(self) -> ComparisonScenario:
-        if bool(self.source) == bool(self.shape):
-            raise ValueError("a comparison needs `source`, a train case, or `shape`, and not both")
-        if self.layers and not self.shape:
-            raise ValueError("`layers` goes with `shape`: a train case's model has the layers that it has")
+    def _validate_engines(self) -> ComparisonScenario:
         if "hf" not in self.engines or len(set(self.engines)) < max(2, len(self.engines)):
             raise ValueError("`engines` needs hf, which the others are compared with, and another, each once")
         return self
+
+
+class FitScenario(OnOneModel):
+    """The largest batch that fits at each context, by prediction and then upward with measured peaks, never by running out."""
+
+    kind: Literal["fit"]
+    engine: EngineName = Field(default="sparktune", description="Which engine steps.")
+    contexts: list[Annotated[int, Field(ge=16)]] = Field(
+        default=[512, 2048, 8192], min_length=1, description="Tokens a row, one search each, in rising order."
+    )
+    limit_gib: float = Field(
+        default=0, ge=0, description="Memory that a step may take; 0: what is available, less the watchdog's floor."
+    )
+    most_batch: int = Field(default=256, ge=1, description="No larger batch is tried.")
+    most_step_s: float = Field(default=20, gt=0, description="A batch whose step would take longer is predicted only.")
 
 
 class ExportScenario(ScenarioBase):
@@ -265,7 +292,13 @@ class RollbackScenario(ScenarioBase):
 
 
 Scenario = Annotated[
-    EnvironmentScenario | KernelScenario | TrainScenario | ComparisonScenario | ExportScenario | RollbackScenario,
+    EnvironmentScenario
+    | KernelScenario
+    | TrainScenario
+    | ComparisonScenario
+    | FitScenario
+    | ExportScenario
+    | RollbackScenario,
     Field(discriminator="kind"),
 ]
 SCENARIO_ADAPTER: TypeAdapter[Scenario] = TypeAdapter(Scenario)
@@ -274,6 +307,7 @@ KINDS: dict[str, type[ScenarioBase]] = {
     "kernel": KernelScenario,
     "train": TrainScenario,
     "comparison": ComparisonScenario,
+    "fit": FitScenario,
     "export": ExportScenario,
     "rollback": RollbackScenario,
 }

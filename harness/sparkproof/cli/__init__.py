@@ -9,7 +9,7 @@ import traceback
 import typer
 
 from sparkproof import __version__
-from sparkproof.cli import bench, compare, container, listing, machine, proof, validate
+from sparkproof.cli import bench, compare, container, fit, listing, machine, proof, validate
 from sparkproof.errors import UserError
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ machine.register(app)
 proof.register(app)
 container.register(app)
 bench.register(app)
+fit.register(app)
 compare.register(app)
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparkproof.bench.train.compare import LOSS_BOUND, NORM_BOUND
-from sparkproof.bench.train.setting import SHAPES
 from sparkproof.facts.model import Facts
 from sparkproof.judge import nested
 from sparkproof.judge.stats import Interval
 from sparkproof.judge.steady import steady
 from sparkproof.results import Assertion, CaseResult, Measurement, Verdict
 from sparkproof.runners.gate_kernels import judge_kernels
+from sparkproof.runners.one_model import described
 from sparkproof.scenario import Case, ComparisonScenario, TrainScenario
 
 REFERENCE = "hf"
@@ -70,13 +70,7 @@ def judge(
 
 def subject(s: ComparisonScenario, source: TrainScenario | None) -> dict[str, str]:
     """The family, the model and the settings, as the report says them."""
-    if source is None:
-        shape = SHAPES[s.shape]
-        layers = s.layers or shape.layers
-        of = f"{layers} layers" if layers == shape.layers else f"{layers} of {shape.layers} layers"
-        family, model = str(shape.kind), f"{s.shape}'s shapes with random weights, {of}"
-    else:
-        family, model = s.source.split("/")[1] if s.source.count("/") > 1 else "", source.model
+    family, model = described(s, source)
     bits = "NF4" if s.load_in_4bit else "16 bits"
     settings = f"{model}, {bits}, {s.batch} x {s.seq_len} tokens, rank {s.rank}"
     settings += f", gradient checkpointing {'on' if s.checkpointing else 'off'}, 8-bit AdamW"

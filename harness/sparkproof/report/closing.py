@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -63,6 +63,10 @@ def closing(record: RunRecord, width: int, safe: Callable[[str], str]) -> Iterat
         yield Text("")
         yield metrics
     yield from _engines(record, width, safe)
+    fits = engines.fits(record)
+    if fits:
+        yield Text("")
+        yield fit_table(fits, width, safe)
     bad = by_urgency(record.of(*NOT_GOOD))
     if bad:
         yield Text("\nWhat went wrong:", "bold")
@@ -102,6 +106,17 @@ def _engines(record: RunRecord, width: int, safe: Callable[[str], str]) -> Itera
         yield table
     for sentence in engines.claims(record):
         yield Text(safe(sentence), "bold")
+
+
+def fit_table(rows: Sequence[tuple[str, ...]], width: int, safe: Callable[[str], str]) -> Table:
+    """The largest batch at each context; the reasons only where there is room."""
+    shown = range(len(engines.FIT_HEADS)) if width >= WIDE else (0, 2, 3, 4, 5, 6)
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if width >= NARROW else 1, 0, 0))
+    for i in shown:
+        table.add_column(engines.FIT_HEADS[i], justify="right" if i in (3, 5, 6) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(safe(row[i])) for i in shown))
+    return table
 
 
 def _table(record: RunRecord, width: int) -> Table:

@@ -6,7 +6,7 @@ themselves. What was not measured is said to be not measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from sparkproof.report.words import number, one_line
 from sparkproof.results import CaseResult, Verdict
 
 HEADS = ("family", "model and batch", "engine", "learned", "tokens/s", "peak GiB", "times hf", "memory of hf's")
+FIT_HEADS = ("family", "model", "engine", "context", "largest batch", "peak GiB", "of GiB", "no more because")
 QUESTION = "Is any engine faster than hf here?"
 
 
@@ -45,6 +46,29 @@ def claims(record: RunRecord) -> list[str]:
     if on_gpu:
         return [_claim(c) for c in on_gpu]
     return [f"Whether Unsloth or sparktune is faster than hf was not measured: {_why_not(record)}"]
+
+
+def fits(record: RunRecord) -> list[tuple[str, ...]]:
+    """`fit_rows` of a run."""
+    return fit_rows(record.results)
+
+
+def fit_rows(results: Sequence[CaseResult]) -> list[tuple[str, ...]]:
+    """The largest batch at each context, as cells under FIT_HEADS; what was predicted and not tried says so."""
+    found: list[tuple[str, ...]] = []
+    for r in results:
+        if r.kind == "fit" and isinstance(r.evidence.get("fits"), list):
+            s = r.evidence["subject"]
+            for f in r.evidence["fits"]:
+                batch = str(f["batch"]) if f["batch"] else "none"
+                more = f" ({f['predicted']} predicted)" if f["predicted"] > f["batch"] else ""
+                found.append(
+                    (
+                        one_line(s["family"]), f"{one_line(s['model'])}, {s['settings']}", s["engine"], f"{f['context']:,}",
+                        f"{batch}{more}", _gib(f["peak_gib"]), _gib(s["limit_gib"]), one_line(f["why"]),
+                    )
+                )  # fmt: skip
+    return found
 
 
 def _comparisons(record: RunRecord) -> list[CaseResult]:

@@ -100,6 +100,12 @@ def _engines(record: RunRecord) -> Iterable[str]:
         yield f"| {' | '.join(engines.HEADS)} |\n|{' --- |' * len(engines.HEADS)}"
         yield from (f"| {' | '.join(md(c) for c in row.cells)} |" for row in rows)
         yield ""
+    fits = engines.fits(record)
+    if fits:
+        yield "### The largest batch that fits\n"
+        yield f"| {' | '.join(engines.FIT_HEADS)} |\n|{' --- |' * len(engines.FIT_HEADS)}"
+        yield from (f"| {' | '.join(md(c) for c in row)} |" for row in fits)
+        yield ""
 
 
 def _skipped(record: RunRecord) -> Iterable[str]:

@@ -29,6 +29,7 @@ KIND_TITLES = {
     "kernel": ("Kernels", "fused operations agree with their references, and compile within the device's limits"),
     "train": ("Training", "a real model learns what it is taught, again and again the same way"),
     "comparison": ("Engines", "engines side by side on one model: interleaved, each against hf"),
+    "fit": ("What fits", "the largest batch and context that this machine's memory holds"),
     "export": ("Export", "what was trained comes back through the programs that use it"),
     "rollback": ("Rollback", "the machine can be put back as it was"),
     "distributed": ("Distributed", "several machines train as one"),

@@ -20,9 +20,10 @@ from sparkproof.errors import UserError
 from sparkproof.judge.comparison import Side, judge
 from sparkproof.results import CaseResult, ReasonClass
 from sparkproof.runners.base import Context
+from sparkproof.runners.one_model import source_of
 from sparkproof.runners.process import Outcome
 from sparkproof.runners.train import ENVIRONMENT
-from sparkproof.scenario import Case, ComparisonScenario, TrainScenario
+from sparkproof.scenario import Case, ComparisonScenario
 
 CHILD = "sparkproof.runners.comparison_child"
 POLL_S = 0.01
@@ -84,18 +85,7 @@ class Race:
         self.folder = self.context.case_dir(self.case)
         self.checkpoint, self.turns = self.folder / "checkpoint", self.folder / "turns"
         self.deadline = time.monotonic() + self.scenario.timeout_s
-        self.source = self._source()
-
-    def _source(self) -> TrainScenario | None:
-        if not self.scenario.source:
-            return None
-        found = self.context.cases.get(self.scenario.source)
-        if found is None or not isinstance(found.scenario, TrainScenario):
-            raise UserError(
-                f"There is no train case '{self.scenario.source}', which the scenario names as its source.",
-                "`sparkproof list --kind train` shows all.",
-            )
-        return found.scenario
+        self.source = source_of(self.scenario, self.context.cases)
 
     def run(self) -> CaseResult:
         """Prepare, canaries, engines in turn, canaries, judgement."""
@@ -103,16 +93,16 @@ class Race:
             shutil.rmtree(folder, ignore_errors=True)
         self.turns.mkdir(parents=True)
         if self.scenario.shape:
-            self._phase("prepare", folder=str(self.checkpoint))
+            self._phase("prepare", "sparkproof.runners.one_model:prepare")
         on_gpu = self.context.facts.gpu is not None and bool(self.context.facts.gpu.usable_by_torch)
-        canaries = {"before": self._phase("canaries") if on_gpu else {}}
+        canaries = {"before": self._phase("canaries", f"{CHILD}:canaries") if on_gpu else {}}
         sides = self._sides()
-        canaries["after"] = self._phase("canaries") if on_gpu else {}
+        canaries["after"] = self._phase("canaries", f"{CHILD}:canaries") if on_gpu else {}
         return judge(self.case, self.source, sides, canaries, self.context.facts)
 
-    def _phase(self, name: str, **more: str) -> dict[str, Any]:
+    def _phase(self, name: str, entry: str) -> dict[str, Any]:
         """A process of the harness's own; what goes wrong in it is no finding about an engine."""
-        outcome = self._spawn(name, name, more)
+        outcome = self._spawn(entry, name, {})
         if outcome.status != "ok":
             raise RuntimeError(outcome.sentence(f"the process '{name}'"))
         return outcome.result
@@ -127,9 +117,7 @@ class Race:
             **more,
         }
         left = max(1.0, self.deadline - time.monotonic())
-        return self.context.spawn(
-            f"{CHILD}:{entry}", payload, case=self.case, phase=phase, timeout_s=left, env=ENVIRONMENT
-        )
+        return self.context.spawn(entry, payload, case=self.case, phase=phase, timeout_s=left, env=ENVIRONMENT)
 
     def _sides(self) -> list[Side]:
         racers = [Racer(name, self.turns) for name in self.scenario.engines]
@@ -154,7 +142,7 @@ class Race:
 
     def _follow(self, racer: Racer) -> None:
         try:
-            racer.outcome = self._spawn("engine", racer.name, {"engine": racer.name})
+            racer.outcome = self._spawn(f"{CHILD}:engine", racer.name, {"engine": racer.name})
         except BaseException as error:
             racer.error = error
 

@@ -11,6 +11,7 @@ _MODULES = {
     "kernel": "sparkproof.runners.kernel",
     "train": "sparkproof.runners.train",
     "comparison": "sparkproof.runners.comparison",
+    "fit": "sparkproof.runners.fit",
     "export": "sparkproof.runners.export",
     "rollback": "sparkproof.runners.rollback",
 }
