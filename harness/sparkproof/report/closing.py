@@ -97,6 +97,8 @@ def _engines(record: RunRecord, width: int, safe: Callable[[str], str]) -> Itera
         return
     yield Text("")
     shown = range(len(engines.HEADS)) if width >= WIDE else (0, 2, 3, 4, 5, 6)
+    if width < WIDE:  # without the model's column, what was not compared can't be told apart
+        rows = [row for row in rows if row.compared] or rows
     table = Table(box=None, pad_edge=False, padding=(0, 2 if width >= NARROW else 1, 0, 0))
     for i in shown:
         table.add_column(engines.HEADS[i], justify="right" if i in (4, 5, 7) else "left", overflow="fold")

@@ -27,6 +27,7 @@ class Row:
 
     cells: tuple[str, ...]
     counted: bool
+    compared: bool = True
 
 
 def rows(record: RunRecord) -> list[Row]:
@@ -160,7 +161,7 @@ def _trained(r: CaseResult, subject: dict[str, Any]) -> Row:
         one_line(subject["family"]), what, subject["engine"], _outcome(r), _whole(measured.get("tokens_per_s")),
         _gib(peak), "not compared", "not compared",
     )  # fmt: skip
-    return Row(cells, r.verdict is Verdict.PASSED)
+    return Row(cells, r.verdict is Verdict.PASSED, compared=False)
 
 
 def _whole(value: float | None) -> str:

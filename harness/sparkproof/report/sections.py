@@ -13,6 +13,7 @@ from sparkproof.report.runrecord import RunRecord
 from sparkproof.report.words import direction, label, one_line
 from sparkproof.results import CaseResult, Measurement, Verdict
 
+TABLED = ("comparison", "fit")  # kinds whose numbers stand in tables of their own, one engine a row
 BARS = 24  # of one chart; a longer one is split
 CURVES = {  # key of CaseResult.evidence -> title, unit, note
     "loss": ("Loss", "nats a token", "lower is better"),
@@ -51,8 +52,10 @@ def sections(record: RunRecord) -> list[Section]:
     """Learning, speed, memory, export; each is there, empty or not."""
     results = record.results
     learning = list(_curves(results))
-    speed = list(_bars(results, lambda m: bool(SPEED_UNIT.search(m.unit)) and m.higher_is_better is not None))
-    memory = list(_bars(results, lambda m: bool(BYTES.match(m.unit) and MEMORY.search(m.name))))
+    speed = list(_engines(results, "tokens_per_s", "tokens a second", "tokens/s", "higher is better"))
+    speed += list(_bars(results, lambda m: bool(SPEED_UNIT.search(m.unit)) and m.higher_is_better is not None))
+    memory = list(_engines(results, "peak_gib", "peak memory", "GiB", "lower is better"))
+    memory += list(_bars(results, lambda m: bool(BYTES.match(m.unit) and MEMORY.search(m.name))))
     fidelity = list(_bars(results, lambda m: m.unit.startswith("nat") and "kl" in m.name.lower()))
     return [
         Section("Learning", "What training did to the loss, step by step.", learning, _why(record, "train", "curve")),
@@ -96,7 +99,7 @@ def _bars(results: Sequence[CaseResult], wanted: Any) -> Iterable[Chart]:
     groups: dict[tuple[str, str, str, str], list[tuple[CaseResult, Measurement]]] = {}
     for r in results:
         for m in r.measurements:
-            if r.verdict is not Verdict.SKIPPED and wanted(m) and math.isfinite(m.value):
+            if r.verdict is not Verdict.SKIPPED and r.kind not in TABLED and wanted(m) and math.isfinite(m.value):
                 groups.setdefault((r.kind, m.name, m.unit, direction(m)), []).append((r, m))
     for (kind, name, unit, better), members in groups.items():
         labels = _labels([r.name for r, _ in members])
@@ -110,6 +113,23 @@ def _bars(results: Sequence[CaseResult], wanted: Any) -> Iterable[Chart]:
             chart = bar_chart(f"{what}: {label(name, unit)}", part, one_line(unit), better, named)
             if chart:
                 yield chart
+
+
+def _engines(results: Sequence[CaseResult], key: str, what: str, unit: str, note: str) -> Iterable[Chart]:
+    """A chart for each comparison, a bar for each engine; hatched where an engine is not counted."""
+    for r in results:
+        rows = r.evidence.get("engines")
+        if r.kind != "comparison" or not isinstance(rows, list):
+            continue
+        bars = []
+        for e in rows:
+            if e.get(key) is not None and math.isfinite(e[key]):
+                low, high = (e.get(f"tokens_{end}") if key == "tokens_per_s" else None for end in ("low", "high"))
+                counted = e["status"] == "timed" and r.verdict is Verdict.PASSED
+                bars.append(Bar(e["engine"], f"{e['engine']}, {r.name}", e[key], low, high, None, counted))
+        chart = bar_chart(f"Engines: {what}, {one_line(r.evidence['subject']['model'])}", bars, unit, note)
+        if chart:
+            yield chart
 
 
 def _labels(names: Sequence[str]) -> dict[str, str]:

@@ -83,7 +83,9 @@ class _Search:
             shape, device, batch=batch, sequence=context, rank=self.s.rank, budget=budget,
             load_in_4bit=self.s.load_in_4bit,
         )  # fmt: skip
-        return found.peak / GIB
+        stored = (found.bytes["weights"] + found.bytes["embedding and head"]) / GIB
+        # What is held before a step and is not in the plan: on a CPU the whole interpreter.
+        return found.peak / GIB + max(0.0, self.loaded_gib - stored)
 
     def _multiprocessors(self) -> int:
         if not self.model.cuda:
