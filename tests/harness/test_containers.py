@@ -27,6 +27,7 @@ from sparkproof.facts import nvidia
 from sparkproof.facts.host import Host
 from sparkproof.facts.model import Gpu
 from sparkproof.facts.place import RunsIn
+from sparkproof.rollback import manifest
 from sparkproof.run import Request
 
 GPU_OUT = b"GPU 0: NVIDIA GB10 (UUID: GPU-1)\n"
@@ -63,18 +64,7 @@ def test_a_run_inside_is_hardened_and_comes_back_with_output_and_code(
     code, reports = run_validate(tmp_path, names=["kernels/*"], kinds=["kernel"], strict=True, workers=1)
     assert code == 3 and capfdbinary.readouterr() == (b"VALIDATED\n", b"progress\n")
     made = fake.created[0]
-    assert made["Cmd"] == [
-        "sparkproof",
-        "validate",
-        "--mode",
-        "host",
-        "kernels/*",
-        "--kind",
-        "kernel",
-        "--workers",
-        "1",
-        "--strict",
-    ]
+    assert made["Cmd"] == ["sparkproof", "validate", "kernels/*", "--kind", "kernel", "--workers", "1", "--strict"]
     host = made["HostConfig"]
     assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and host["SecurityOpt"] == ["no-new-privileges:true"]
     assert (
@@ -94,6 +84,7 @@ def test_a_run_inside_is_hardened_and_comes_back_with_output_and_code(
         b.startswith(volume["Name"] + ":/cache") for b in host["Binds"]
     )
     assert not fake.containers, "it is removed at the end"
+    assert [(e.path, e.kind) for e in manifest.ours()] == [(str(reports.resolve()), "reports")]
 
 
 def test_folders_of_a_request_are_mounted_read_only(fake: FakeEngine, tmp_path: Path) -> None:
@@ -101,7 +92,7 @@ def test_folders_of_a_request_are_mounted_read_only(fake: FakeEngine, tmp_path: 
     (tmp_path / "mine").mkdir()
     run_validate(tmp_path, model_dir=tmp_path / "models", model=str(tmp_path / "mine"), resume="reports/2026-run")
     made = fake.created[0]
-    assert made["Cmd"][4:] == ["--model", "/model", "--model-dir", "/models", "--resume", "2026-run"]
+    assert made["Cmd"][2:] == ["--model", "/model", "--model-dir", "/models", "--resume", "2026-run"]
     assert {f"{tmp_path}/models:/models:ro", f"{tmp_path}/mine:/model:ro"} <= set(made["HostConfig"]["Binds"])
     with pytest.raises(UserError, match="no folder"):
         run_validate(tmp_path, scenarios=tmp_path / "missing")

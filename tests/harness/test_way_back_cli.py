@@ -9,6 +9,7 @@ import fake_engine
 import pytest
 from rollback_machine import Machine
 from sparkproof.cli import way_back as cli
+from sparkproof.cli.verify_rollback import verify_rollback
 from sparkproof.errors import UserError
 from sparkproof.rollback import manifest, snapshot
 
@@ -44,7 +45,7 @@ def test_there_and_back(machine: Machine, engine: fake_engine.FakeEngine, capsys
     seen = machine.tree()
     assert cli.snapshot(environment=[machine.venv]) == 0
     assert "Recorded in" in said(capsys) and snapshot.default_path().is_file()
-    assert cli.verify_rollback() == 0
+    assert verify_rollback() == 0
     assert "Nothing differs" in said(capsys)
     assert cli.uninstall() == 0
     assert "nothing new that could be removed" in said(capsys)
@@ -56,13 +57,13 @@ def test_there_and_back(machine: Machine, engine: fake_engine.FakeEngine, capsys
     assert "1 distributions" in text and "--include caches" in text and "Nothing was changed" in text
     assert cli.uninstall(yes=True) == 0
     assert "Not asked for, so it stays: packages, caches" in said(capsys)
-    assert (machine.site / "torch").exists() and cli.verify_rollback() == 1
+    assert (machine.site / "torch").exists() and verify_rollback() == 1
     assert "torch 1.0" in said(capsys)
     assert cli.uninstall(yes=True, include=["packages"]) == 0
     assert "Not asked for, so it stays: caches" in said(capsys)
     assert cli.uninstall(yes=True, include=["packages", "caches"]) == 0
     assert "Nothing is left" in said(capsys) and machine.tree() == seen
-    assert cli.verify_rollback(forget=True) == 0 and not (machine.root / "state/sparkproof").exists()
+    assert verify_rollback(forget=True) == 0 and not (machine.root / "state/sparkproof").exists()
 
 
 def test_it_asks_group_by_group(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,10 +106,10 @@ def test_what_carries_our_label_goes_and_nothing_else(
     assert "4 things in container engines" in said(capsys)
     assert engine.containers.keys() == {"users"} and engine.volumes.keys() == {"mine"} and not engine.networks
     assert {t for i in engine.images.values() for t in i["RepoTags"]} == {"theirs:1", "sparkproof:fake"}
-    assert cli.verify_rollback() == 1, "what is not ours came too"
+    assert verify_rollback() == 1, "what is not ours came too"
     del engine.containers["users"], engine.volumes["mine"], engine.images["sha256:" + "cc" * 32]
     capsys.readouterr()
-    assert cli.verify_rollback() == 0, said(capsys)
+    assert verify_rollback() == 0, said(capsys)
 
 
 def test_without_a_snapshot_only_ours_goes(
@@ -160,7 +161,7 @@ def test_a_running_process_a_variable_and_the_build_cache_are_differences(
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/x/secret")
     monkeypatch.setenv("PATH", "/opt/cuda/bin")
     capsys.readouterr()
-    assert cli.verify_rollback() == 1
+    assert verify_rollback() == 1
     text = said(capsys)
     assert "build cache" in text and "TRITON_PTXAS_PATH" in text and "+/opt/cuda/bin" in text and "secret" not in text
 
@@ -187,14 +188,14 @@ def test_json_out(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(capsys.readouterr().out)
     assert not data["carried_out"] and data["offered"][0]["title"] == "torch 1.0" and not data["steps"]
     assert data["offered"][0]["entries"] > 3 and data["diff"]["schema"] == "sparkproof-diff/1"
-    assert cli.verify_rollback(json=True) == 1
+    assert verify_rollback(json=True) == 1
     assert json.loads(capsys.readouterr().out)["is_empty"] is False
 
 
 def test_wrong_input(machine: Machine) -> None:
     with pytest.raises(UserError, match="no environment at"):
         cli.snapshot(environment=[machine.root / "nowhere"])
-    for verb in (cli.uninstall, cli.verify_rollback):
+    for verb in (cli.uninstall, verify_rollback):
         with pytest.raises(UserError, match="There is no snapshot"):
             verb(machine.root / "nowhere.json")
     cli.snapshot(environment=[machine.venv])

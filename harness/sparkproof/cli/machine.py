@@ -96,6 +96,6 @@ def verify_rollback(
     json_out: bool = typer.Option(False, "--json", help="As JSON."),
 ) -> None:
     """Prove that this machine is as the snapshot recorded it; exit 1 if anything differs or could not be read."""
-    from sparkproof.cli import way_back as module
+    from sparkproof.cli import verify_rollback as module
 
     raise typer.Exit(module.verify_rollback(snapshot_file, json_out, forget))

@@ -1,36 +1,23 @@
-"""`sparkproof snapshot`, `uninstall` and `verify-rollback`: plain functions that print and return an exit code."""
+"""`sparkproof snapshot` and `uninstall`: plain functions that print and return an exit code."""
 
 from __future__ import annotations
 
 import json as _json
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from sparkproof.errors import UserError
 from sparkproof.rollback import manifest, undo
 from sparkproof.rollback import snapshot as snapshots
-from sparkproof.rollback.diff import diff
 from sparkproof.rollback.model import Snapshot
-from sparkproof.rollback.parts import Part, size
+from sparkproof.rollback.parts import size
 from sparkproof.rollback.steps import ASKED, GROUPS, Group, Left, Plan, Step
 
 ROWS = 40  # of a table; --json gives all
-AREA_WORDS = {
-    "python": "packages",
-    "files": "files in site-packages",
-    "caches": "cache",
-    "containers": "images, containers, volumes, networks",
-    "dpkg": "Debian packages",
-    "profiles": "start-up file",
-    "variables": "environment variables",
-    "processes": "running processes",
-    "gpu": "GPU memory",
-}
 
 
 def snapshot(
@@ -212,7 +199,7 @@ def _show(console: Console, outcome: undo.Outcome, before: Snapshot) -> None:
     if plan.steps:
         _steps(console, plan.steps)
     if plan.offered:
-        table = Table("only if asked for", "how much", "with", box=None, pad_edge=False)
+        table = table_of("only if asked for", "how much", "with")
         for group in ASKED:
             if steps := [s for s in plan.offered if s.group == group]:
                 table.add_row(GROUPS[group], _sum(steps), f"--include {group}")
@@ -225,8 +212,13 @@ def _show(console: Console, outcome: undo.Outcome, before: Snapshot) -> None:
         )  # fmt: skip
 
 
+def table_of(*titles: str) -> Table:
+    """Without borders, and with every path whole: a cut one can't be copied."""
+    return Table(*(Column(t, overflow="fold") for t in titles), box=None, pad_edge=False)
+
+
 def _steps(console: Console, steps: list[Step]) -> None:
-    table = Table("would", "what", "size", box=None, pad_edge=False)
+    table = table_of("would", "what", "size")
     ordered = sorted(steps, key=lambda s: (s.kind != "restore", -s.bytes))
     for step in ordered[:ROWS]:
         verb = "put back" if step.kind == "restore" else "remove"
@@ -242,7 +234,7 @@ def _steps(console: Console, steps: list[Step]) -> None:
 def _left(console: Console, left: list[Left]) -> None:
     if not left:
         return
-    table = Table("stays", "why", "what to do", box=None, pad_edge=False)
+    table = table_of("stays", "why", "what to do")
     for row in sorted(left, key=lambda row: (not row.failed, -row.bytes))[:ROWS]:
         amount = f" ({size(row.bytes)})" if row.bytes else ""
         table.add_row(escape(row.what) + amount, escape(row.why), escape(row.fix))
@@ -260,7 +252,7 @@ def ending(outcome: undo.Outcome, before: Snapshot, path: Path) -> list[str]:
     if not outcome.carried_out:
         if not plan.steps and not plan.offered:
             return [*lines, "Nothing of sparkproof's is here, and nothing new that could be removed."]
-        return [*lines, f"Nothing was changed. {len(plan.steps)} things would go, {size(plan.bytes)} return."]
+        return [*lines, f"Nothing was changed. {len(plan.steps)} things would go, about {size(plan.bytes)} return."]
     lines.append(
         f"Removed {outcome.removed_entries} files and links and {outcome.removed_objects} things in container engines; "
         f"{size(outcome.removed_bytes)} returned. Put back {len(outcome.restored)} distributions."
@@ -276,41 +268,3 @@ def ending(outcome: undo.Outcome, before: Snapshot, path: Path) -> list[str]:
     else:
         lines.append("All that was sparkproof's is gone.")
     return lines
-
-
-def verify_rollback(snapshot_file: Path | None = None, json: bool = False, forget: bool = False) -> int:
-    """Compare this machine with the snapshot, part by part. Returns 0 if nothing at all differs or is unknown, else 1.
-
-    `forget`: then also remove the snapshot, which is the last trace. Errors: UserError (2).
-    """
-    path = snapshot_file or snapshots.default_path()
-    before = snapshots.load(path)
-    undo.check(before)
-    console = Console(stderr=json)
-    with console.status("comparing with the snapshot ..."):
-        found = diff(before, snapshots.again(before))
-    if json:
-        print(_json.dumps(found.model_dump(mode="json", by_alias=True) | {"is_empty": found.is_empty}, indent=1))
-    else:
-        table = Table("what", "where", "is", box=None, pad_edge=False)
-        for area in before.areas:
-            for part in found.of(area) + (found.of("files") if area == "python" else []):
-                if part.state != "equal" or area not in ("profiles", "caches"):
-                    table.add_row(AREA_WORDS[part.area], escape(part.place), _state(part))
-        console.print(table)
-        console.print(escape(found.text()), highlight=False, soft_wrap=True)
-    if found.is_empty and forget:
-        path.unlink()
-        with suppress(OSError):
-            path.parent.rmdir()
-        console.print("The snapshot was removed too.", highlight=False)
-    return 0 if found.is_empty else 1
-
-
-def _state(part: Part) -> str:
-    if part.state == "unknown":
-        return "[yellow]unknown[/yellow]"
-    if part.state == "equal":
-        return "[green]equal[/green]"
-    counts = ((len(part.added), "came"), (len(part.removed), "went"), (len(part.changed), "changed"))
-    return "[red]" + ", ".join(f"{n} {word}" for n, word in counts if n) + "[/red]"

@@ -13,6 +13,7 @@ from sparkproof.containers.launch import WORK, Mount, Spec, has_gpu, owned, user
 from sparkproof.errors import UserError
 from sparkproof.facts.place import VARIABLE, RunsIn
 from sparkproof.report.rundir import storage_error
+from sparkproof.rollback import manifest
 from sparkproof.run import Request
 
 HANDED_IN = (
@@ -42,11 +43,13 @@ def validate(engine: Engine, image: Image, place: RunsIn, request: Request, dry_
     """The same run in a container; its reports land in the user's folder, as the user's files. Returns its exit code."""
     words, mounts = arguments(request)
     try:
-        request.reports.mkdir(parents=True, exist_ok=True)
+        if not request.reports.exists():
+            request.reports.mkdir(parents=True)
+            manifest.add(request.reports, "reports")
     except OSError as e:
         raise storage_error(e, "The report", request.reports) from None
     gpu = has_gpu()
-    command = ["sparkproof", "validate", "--mode", "host", *words, *(["--dry-run"] if dry_run else [])]
+    command = ["sparkproof", "validate", *words, *(["--dry-run"] if dry_run else [])]
     reports = Mount(request.reports.resolve(), REPORTS, read_only=False)
     spec = Spec(
         image, command, "validate", [reports, *mounts], surroundings(place), gpu=gpu, terminal=sys.stdout.isatty()
