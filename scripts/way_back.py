@@ -8,6 +8,7 @@ uninstall), else installed from the hash lock, into a temporary folder that is r
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 import re
 import shutil
@@ -71,7 +72,8 @@ def needed_here() -> list[str]:
 
 def install_packages(folder: Path, target: Path) -> str:
     """Install them from the lock, by the pip of a throwaway environment. Returns this interpreter's path."""
-    setup_env.check_prerequisites()
+    if importlib.util.find_spec("ensurepip") is None:
+        stop("this Python can't make environments: sudo apt install python3-venv")
     blocks = re.split(r"^(?=[a-z0-9])", LOCK.read_text(encoding="utf-8"), flags=re.MULTILINE)
     wanted = folder / "lock.txt"
     wanted.write_text("".join(b for b in blocks if b.partition("==")[0] in NEEDED), encoding="utf-8")

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from sparkproof.errors import UserError
+from sparkproof.measure import exclusive
 from sparkproof.measure.exclusive import machine_lock, only_run
+from sparkproof.rollback import manifest
 
 HOLD = """
 import sys, time
@@ -62,3 +64,10 @@ def test_timed_cases_are_alone_and_correctness_cases_share() -> None:
     with machine_lock(exclusive=True):
         assert other.poll() is not None or time.monotonic() - start > 1
     other.wait()
+
+
+def test_the_folder_of_locks_is_on_the_list_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARKPROOF_LOCK_DIR", str(tmp_path / "locks"))
+    for _ in range(2):
+        exclusive.lock_dir()
+    assert [(e.path, e.kind) for e in manifest.ours()] == [(str((tmp_path / "locks").resolve()), "locks")]

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import IO
 
 from sparkproof.errors import UserError
+from sparkproof.rollback import manifest
 
 
 def lock_dir() -> Path:
     """Folder of the locks; `SPARKPROOF_LOCK_DIR` moves it."""
     explicit = os.environ.get("SPARKPROOF_LOCK_DIR")
     path = Path(explicit) if explicit else Path(tempfile.gettempdir()) / f"sparkproof-{os.getuid()}"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists():
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # a list that can't be written must not stop a run
+            manifest.add(path, "locks")
     return path
 
 

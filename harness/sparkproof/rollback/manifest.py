@@ -23,7 +23,7 @@ from sparkproof.results import Strict
 from sparkproof.rollback import tree
 
 SETUP_MARK = "sparkproof-setup.json"  # what scripts/setup_env.py leaves in an environment that it made
-Kind = Literal["cache", "venv", "reports", "file"]
+Kind = Literal["cache", "venv", "reports", "locks", "file"]
 
 
 class Entry(Strict):

@@ -15,7 +15,7 @@ from sparkproof.rollback.manifest import Entry
 from sparkproof.rollback.model import Snapshot
 from sparkproof.rollback.steps import Group, Left, Plan, Step
 
-WORDS = {"cache": "cache", "venv": "environment", "reports": "reports", "file": "file"}
+WORDS = {"cache": "cache", "venv": "environment", "reports": "reports", "locks": "lock folder", "file": "file"}
 
 
 def plan_engines(plan: Plan, after: Snapshot) -> None:

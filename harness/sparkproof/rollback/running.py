@@ -13,6 +13,7 @@ import psutil
 from sparkproof.rollback.model import GpuMemory, Process, Processes
 
 NVML_TIMEOUT_S = 15
+DRIVER_MARKS = ("/proc/driver/nvidia/version", "/dev/dxg")
 # One read of NVML in a process of its own: a driver that hangs must not take this one with it.
 _ASK_NVML = """
 import json, pynvml
@@ -66,7 +67,7 @@ def _why(p: psutil.Process, roots: list[str]) -> str:
 
 def gpu_memory() -> GpuMemory:
     """What NVML says; a machine without NVIDIA's driver has none, which is an answer too."""
-    if not Path("/proc/driver/nvidia/version").exists() and not Path("/dev/dxg").exists():
+    if not any(Path(mark).exists() for mark in DRIVER_MARKS):
         return GpuMemory()
     found = GpuMemory(installed=True)
     try:
