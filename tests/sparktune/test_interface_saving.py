@@ -144,7 +144,7 @@ def test_a_fully_finetuned_model_is_saved_in_16_bits(base, tmp_path):
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [
-        ("save_pretrained_merged", {"save_method": "merged_4bit"}, "use 'merged_16bit'"),
+        ("save_pretrained_merged", {"save_method": "merged_8bit"}, "merged_4bit"),
         ("save_pretrained_merged", {"push_to_hub": True}, "push_to_hub_merged"),
         ("save_pretrained_merged", {"token": "hf_x"}, "push_to_hub_merged"),
         ("save_pretrained_merged", {"max_shard_size": "1GB"}, "keep the base's shards"),

@@ -67,6 +67,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` for what is made on the way to it, and removed at the end or by the next export of its name."""
+    out = out.absolute()
     part = _part(out.with_name(f"{out.name}-work"))
     part.mkdir()
     try:

@@ -10,6 +10,7 @@ their own, and tables. Embeddings, head and what is no linear layer stay in 16 b
 
 from __future__ import annotations
 
+import ctypes
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from sparktune.export.places import stored_name
 from sparktune.export.progress import Progress, silent
 
 BITS = 4.2  # a weight, with double-quantised scales: 4 + 8 / 64 + 32 / 64 / 256, rounded up
+BLOCK, PIECE = 64, 1 << 20  # weights
 NOTE = "Merged in 16 bits and quantised to NF4 afterwards: this rounds the trained change a second time."
 
 
@@ -69,6 +71,7 @@ def export_merged_4bit(
             weight = stored.read()
             weight = rounded(name, weight if lora is None else lora.apply(name, weight), target)
             files.add(quantised(name, weight) if name in linear else {name: weight})
+            trim()
             done += 2 * weight.numel()
             progress(name, done, 2 * checkpoint.parameters)
         count = files.close(checkpoint.parameters)
@@ -80,6 +83,12 @@ def export_merged_4bit(
         copy_tokenizer(base, adapter, part)
         copy_files(base, part, (*OTHER_FILES, *IMAGE_FILES))
     return exported(out, count, len(lora.used) if lora else 0, checkpoint.parameters, start, notes=[NOTE])
+
+
+def trim() -> None:
+    """Give freed memory back to the system: glibc keeps what lies below a held tensor, which came to most of a model."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def linear_weights(checkpoint: Checkpoint) -> set[str]:
@@ -110,10 +119,22 @@ def linear_weights(checkpoint: Checkpoint) -> set[str]:
 
 
 def quantised(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors that bitsandbytes stores for a linear layer's `weight` [out, in]."""
-    from bitsandbytes.functional import quantize_4bit
+    """The tensors that bitsandbytes stores for a linear layer's `weight` [out, in].
 
-    codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True, blocksize=64)
+    Its CPU code holds 14 bytes a weight on the way, so it gets pieces: blocks don't know each other. The scales are quantised
+    together, less their mean, as its own `compress_statistics` does.
+    """
+    from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
+
+    pieces = [quantize_4bit(piece, quant_type="nf4", blocksize=BLOCK) for piece in weight.reshape(-1).split(PIECE)]
+    codes = torch.cat([code for code, _ in pieces])
+    scales = torch.cat([state.absmax for _, state in pieces])
+    offset = scales.mean()
+    small, nested = quantize_blockwise(scales - offset, blocksize=256)
+    state = QuantState(
+        absmax=small, shape=weight.shape, dtype=weight.dtype, blocksize=BLOCK, code=pieces[0][1].code, quant_type="nf4",
+        offset=offset, state2=nested,
+    )  # fmt: skip
     return {name: codes, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
 
 

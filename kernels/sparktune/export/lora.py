@@ -64,6 +64,8 @@ class Adapter:
         for name, tensor in tensors.items():
             match = re.fullmatch(rf"(.+)\.(?:lora_|{EMBEDDING})([AB])(?:\.weight)?", name.removeprefix(PREFIX))
             owners = {m for m in saved | tied if f".{name}".rpartition(".")[0].endswith(f".{m}")}
+            if name.removesuffix(".base_layer.weight") != name:
+                continue  # PEFT may add the embedding that its LoRA is on: the base's own
             if not match and not owners:
                 raise ExportError(f"The adapter holds {name}, which is not a plain LoRA matrix.", PEFT_FIX)
             if not torch.isfinite(tensor).all():
@@ -85,12 +87,15 @@ class Adapter:
         pairs = {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
         return cls(folder, config, pairs, whole, embeddings)
 
-    def scale(self, module: str, experts: int = 1) -> float:
-        """alpha / r of one module, or alpha / sqrt(r) with rsLoRA; A of a stack holds r rows for each of its experts."""
+    def scale(self, module: str, experts: int = 1, parameter: str = "") -> float:
+        """alpha / r of one module, or alpha / sqrt(r) with rsLoRA.
+
+        A of a stack of experts holds r rows for each, and its patterns speak of the `parameter`, not of the module.
+        """
         rank = self.pairs[module][0].shape[0] // experts
         alpha = float(self.config["lora_alpha"])
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            if re.fullmatch(rf"(.*\.)?({pattern})", parameter or module):
                 alpha = float(value)
                 break
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -114,7 +119,7 @@ class Adapter:
         a, b = self.pairs[place.source]
         if place.source in self.embeddings:
             a, b = b.T, a.T
-        merged = place.merge(weight, a, b, self.scale(place.source, place.experts), name)
+        merged = place.merge(weight, a, b, self.scale(place.source, place.experts, place.parameter), name)
         self.used.add(name)
         return merged
 

@@ -66,7 +66,9 @@ def as_llama_cpp(lora: Adapter) -> tuple[dict[str, torch.Tensor], float]:
             if place.expert is None:
                 raise ExportError(f"The adapter trains {name}, whose experts lie in one tensor.", FIX)
             a, b = place.of_expert(a, b)
-        wanted = lora.scale(place.source, place.experts) * a.shape[0]  # the alpha that this pair alone would have
+        wanted = (
+            lora.scale(place.source, place.experts, place.parameter) * a.shape[0]
+        )  # the alpha that this pair alone would have
         alpha = alpha or wanted
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         tensors[f"{stem}.lora_A.weight"] = a.contiguous()

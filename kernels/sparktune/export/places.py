@@ -45,6 +45,7 @@ class Place:
     expert: int | None = None  # None: all of a stack, or no stack
     part: str = ""  # gate or up: half of the rows
     transposed: bool = False  # a stack stored as [E, in, out]
+    parameter: str = ""  # a stack's own name in memory, which `alpha_pattern` speaks of
 
     def merge(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, name: str) -> torch.Tensor:
         """`weight` + scale * B A, fp32. Errors: ExportError when the shapes differ."""
@@ -113,14 +114,15 @@ def _of_stack(
         name = stored_name(f"{module}.{stack}", shapes)
         transposed = text.get("model_type") == "gpt_oss"
         if name and shapes[name] == ((experts, inner, out) if transposed else (experts, out, inner)):
-            return {name: Place(source, experts, transposed=transposed)}
+            return {name: Place(source, experts, transposed=transposed, parameter=f"{module}.{stack}")}
     found: dict[str, Place] = {}
     for expert, (part, names) in itertools.product(range(experts), PARTS.items()):
         wanted = (out, inner) if part == "down" else (out // 2, inner)
         for name in names:
             stored = stored_name(f"{module}.{expert}.{name}.weight", shapes)
             if stored and shapes[stored] == wanted:
-                found[stored] = Place(source, experts, expert, part)
+                stack = "down_proj" if part == "down" else "gate_up_proj"
+                found[stored] = Place(source, experts, expert, part, parameter=f"{module}.{stack}")
     return found if len(found) in (experts, 2 * experts) else None
 
 

@@ -1,27 +1,46 @@
-"""The way out, as methods of the model: adapter, merged 16-bit, GGUF; to a folder or to the hub.
+"""The way out, as methods of the model: adapter, merged 16-bit or 4-bit, GGUF; to a folder or to the hub.
 
 Merging happens in the 16-bit base that the model was loaded from (see `sparktune.export.hf` for why), found again in its
 folder or in the hub's cache. A model that was stored in 4 bits on the hub has no such base: `base_model` names it.
+Every folder gets a model card, and a GGUF's a Modelfile for Ollama. `sparktune.export` has the formats that need no live model.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
+import logging
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparktune.export import QTYPES, ExportError, export_gguf, export_merged
-from sparktune.export.files import atomic_folder
+from sparktune.export import (
+    QTYPES,
+    ExportError,
+    export_gguf,
+    export_merged,
+    export_merged_4bit,
+    find_base,
+    modelfile,
+    terminal_bar,
+    write_card,
+)
+from sparktune.export.card import README
+from sparktune.export.files import atomic_folder, scratch_folder
+from sparktune.export.hf import copy_files
+from sparktune.export.ollama import MODELFILE
 from sparktune.interface import arguments
-from sparktune.interface.origin import Origin, origin_of, transformers_model
+from sparktune.interface.origin import origin_of, transformers_model
 
-METHODS = ("merged_16bit", "lora")
+LOG = logging.getLogger("sparktune")
+METHODS = {
+    "merged_16bit": "merged_16bit",
+    "merged_4bit": "merged_4bit",
+    "merged_4bit_forced": "merged_4bit",
+    "lora": "lora",
+}
 GGUF_TYPES = {
     **{name: name for name in QTYPES},
     "fast_quantized": "q8_0",
@@ -39,35 +58,35 @@ def save_pretrained_merged(
     token: str | bool | None = None,
     *,
     base_model: str | Path | None = None,
+    base_revision: str | None = None,
     **kwargs: Any,
 ) -> Path:
     """Write the model to the folder `save_directory`, whole or not at all; return its path.
 
-    save_method: "merged_16bit" (LoRA merged into the 16-bit base: a folder for transformers and vLLM) or "lora" (the
-        adapter alone, for PEFT).
+    save_method: "merged_16bit" (LoRA merged into the 16-bit base: a folder for transformers and vLLM), "merged_4bit" (that,
+        quantised to NF4, which rounds what was trained a second time) or "lora" (the adapter alone, for PEFT).
     tokenizer: saved along; None takes the base's.
     push_to_hub, token: not here; `push_to_hub_merged` uploads.
-    base_model: folder of the 16-bit base, where the model was loaded from a 4-bit checkpoint.
+    base_model, base_revision: folder or hub id of the 16-bit base, where the model was loaded from a 4-bit checkpoint.
 
     Errors: ExportError, ValueError or TypeError, with the fix.
     """
     _no_push("save_pretrained_merged", push_to_hub, token, "push_to_hub_merged")
     arguments.unknown("save_pretrained_merged", kwargs)
     if save_method not in METHODS:
-        raise ValueError(
-            f"save_method={save_method!r} is not supported: use 'merged_16bit' (load_in_4bit=True quantises it when it "
-            "is loaded again) or 'lora'."
-        )
-    out, lora = Path(save_directory), _is_peft(self)
-    if save_method == "lora":
-        if not lora:
-            raise ValueError("The model has no LoRA layers: use save_method='merged_16bit'.")
+        raise ValueError(f"save_method={save_method!r} is not supported: use one of {', '.join(METHODS)}.")
+    out, lora, method = Path(save_directory), _is_peft(self), METHODS[save_method]
+    if method == "lora" and not lora:
+        raise ValueError("The model has no LoRA layers: use save_method='merged_16bit'.")
+    if method == "lora":
         return _save_lora(self, tokenizer, out)
-    if not lora:
+    if method == "merged_16bit" and not lora:
         return _save_whole(self, tokenizer, out)
-    with _part(out) as part:
-        adapter = _save_lora(self, tokenizer, part / "adapter")
-        export_merged(_base(self, base_model), adapter, out, _sixteen_bit(self))
+    with scratch_folder(out) as part, terminal_bar(out.name) as progress:
+        base, adapter = _sources(self, tokenizer, part, base_model, base_revision)
+        export = export_merged_4bit if method == "merged_4bit" else export_merged
+        done = export(base, adapter, out, _sixteen_bit(self), progress=progress)
+        write_card(out, _name(self, base_model), base=base, adapter=adapter, done=done)
     return out
 
 
@@ -81,13 +100,18 @@ def save_pretrained_gguf(
     token: str | bool | None = None,
     *,
     base_model: str | Path | None = None,
+    base_revision: str | None = None,
+    tensor_types: Mapping[str, str] | None = None,
+    imatrix: str | Path | None = None,
     **kwargs: Any,
 ) -> list[Path]:
     """Write `<save_directory>/<its name>.<TYPE>.gguf` for llama.cpp, one file a method; return their paths.
 
     quantization_method: a type of `sparktune.export.QTYPES` such as "q4_k_m", "fast_quantized" (q8_0), "quantized" (q4_k_m),
         "not_quantized" (f16), or a list of them.
-    The others: as for `save_pretrained_merged`. Errors: ExportError, ValueError or TypeError, with the fix.
+    tensor_types, imatrix: a mix of one's own, and llama.cpp's importance matrix, as `sparktune.export.export_gguf` takes them.
+    The others: as for `save_pretrained_merged`. A Modelfile for Ollama lies beside, where the chat template can be said in its
+    language; where it can't, a warning says why. Errors: ExportError, ValueError or TypeError, with the fix.
     """
     _no_push("save_pretrained_gguf", push_to_hub, token, "push_to_hub_gguf")
     arguments.refuse("save_pretrained_gguf", first_conversion=first_conversion)
@@ -99,14 +123,28 @@ def save_pretrained_gguf(
     kinds = list(dict.fromkeys(GGUF_TYPES[method] for method in asked))
     out = Path(save_directory)
     files = [out / f"{out.name}.{kind.upper()}.gguf" for kind in kinds]
-    with _part(out) as part:
-        if _is_peft(self):
-            base, adapter = _base(self, base_model), _save_lora(self, tokenizer, part / "adapter")
-        else:
-            base, adapter = _save_whole(self, tokenizer, part / "model"), None
+    options: dict[str, Any] = {"tensor_types": tensor_types, "imatrix": Path(imatrix) if imatrix else None}
+    with scratch_folder(out) as part, terminal_bar(out.name) as progress:
+        base, adapter = _sources(self, tokenizer, part, base_model, base_revision)
         for kind, file in zip(kinds, files, strict=True):
-            export_gguf(base, file, kind, adapter)
+            done = export_gguf(base, file, kind, adapter, out.name, progress=progress, **options)
+        if not (out / MODELFILE).exists():
+            write_modelfile(
+                out, adapter if adapter is not None and tokenizer is not None else base, files[0].name, base
+            )
+        if not (out / README).exists():
+            write_card(out, _name(self, base_model), base=base, adapter=adapter, done=done)
     return files
+
+
+def write_modelfile(out: Path, tokenizer: Path, model: str, base: Path) -> None:
+    """A Modelfile in `out` for its GGUF `model`, or a warning that says why there is none."""
+    try:
+        text, _ = modelfile(tokenizer, model, generation=base)
+    except ExportError as error:
+        LOG.warning("No Modelfile for Ollama: %s", error)
+        return
+    (out / MODELFILE).write_text(text, encoding="utf-8")
 
 
 def push_to_hub_merged(
@@ -123,7 +161,7 @@ def push_to_hub_merged(
 ) -> str:
     """`save_pretrained_merged` into a temporary folder beside the current one, then up to `repo_id`; returns its URL."""
     arguments.unknown("push_to_hub_merged", kwargs)
-    with _part(Path(repo_id.rpartition("/")[2])) as part:
+    with scratch_folder(Path(repo_id.rpartition("/")[2])) as part:
         folder = save_pretrained_merged(self, part / "model", tokenizer, save_method, base_model=base_model)
         return _upload(folder, repo_id, token, private, commit_message)
 
@@ -144,7 +182,7 @@ def push_to_hub_gguf(
     """`save_pretrained_gguf` into a temporary folder beside the current one, then up to `repo_id`; returns its URL."""
     arguments.unknown("push_to_hub_gguf", kwargs)
     name = repo_id.rpartition("/")[2]
-    with _part(Path(name)) as part:
+    with scratch_folder(Path(name)) as part:
         save_pretrained_gguf(self, part / name, tokenizer, quantization_method, first_conversion, base_model=base_model)
         return _upload(part / name, repo_id, token, private, commit_message)
 
@@ -161,14 +199,19 @@ def _is_peft(model: Any) -> bool:
     return isinstance(model, PeftModel)
 
 
-def _base(model: Any, given: str | Path | None) -> Path:
-    """The folder of the 16-bit base."""
-    if given is None:
-        return origin_of(model).folder()
-    if Path(given).is_dir():
-        return Path(given)
+def _sources(
+    model: Any, tokenizer: Any, part: Path, given: str | Path | None, revision: str | None
+) -> tuple[Path, Path | None]:
+    """(16-bit base, adapter) of `model`, in `part` what is not on the disk yet."""
+    if not _is_peft(model):
+        return _save_whole(model, tokenizer, part / "model"), None
     origin = origin_of(model)
-    return Origin(str(given), None, origin.hub, False).folder()
+    base = origin.folder() if given is None else find_base(given, revision, origin.hub.get("cache_dir"))
+    return base, _save_lora(model, tokenizer, part / "adapter")
+
+
+def _name(model: Any, given: str | Path | None) -> str:
+    return str(given) if given is not None else origin_of(model).base
 
 
 def _sixteen_bit(model: Any) -> torch.dtype | None:
@@ -210,15 +253,8 @@ def _save_whole(model: Any, tokenizer: Any, out: Path) -> Path:
             text = json.dumps({**config, "dtype": "bfloat16"}, indent=2, ensure_ascii=False)
             (part / "config.json").write_text(text + "\n", encoding="utf-8")
         tokenizer.save_pretrained(part)
+        copy_files(origin_of(model).folder(), part, ("tokenizer.model",))  # which transformers no longer saves
     return out
-
-
-@contextmanager
-def _part(out: Path) -> Iterator[Path]:
-    """A temporary folder on the disk of `out`, which may take a whole model."""
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
-        yield Path(folder)
 
 
 def _no_push(function: str, push_to_hub: bool, token: str | bool | None, instead: str) -> None:
