@@ -32,7 +32,7 @@ def test_the_fine_tuning_script_trains_saves_and_reloads(tmp_path):
     assert all(t.any() for n, t in adapter.items() if "lora_B" in n)
     assert len(adapter) == 28
     assert json.loads((tmp_path / "merged/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    assert [f.name for f in (tmp_path / "gguf").iterdir()] == ["gguf.Q8_0.gguf"]
+    assert sorted(f.name for f in (tmp_path / "gguf").iterdir()) == ["Modelfile", "README.md", "gguf.Q8_0.gguf"]
     assert done.stdout.split("reply: ")[1].rstrip("\n") == stock_reply(base, tmp_path / "adapter")
 
 
