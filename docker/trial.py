@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata as metadata
 import os
 import platform
+import stat
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,9 @@ def contained() -> None:
         except OSError:
             continue
         raise AssertionError(f"{place} can be written")
+    files = (Path(folder, name) for folder, _, names in os.walk("/usr") for name in names)
+    lifted = [str(f) for f in files if not f.is_symlink() and f.stat().st_mode & (stat.S_ISUID | stat.S_ISGID)]
+    assert not lifted, f"these run with another user's rights: {lifted}"
     print(
         f"uid {os.getuid()} on {platform.machine()}, Python {platform.python_version()}, nothing of the image can be written"
     )
