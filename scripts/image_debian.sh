@@ -4,7 +4,7 @@
 #
 #   scripts/image_debian.sh [amd64|arm64] [cpu|none]
 #
-# Needs root and, from Debian, buildah, podman, runc and mmdebstrap (for arm64 also qemu-user-static and arch-test). Debian's Python
+# Needs root and, from Debian, buildah, podman, runc and mmdebstrap (for arm64 also qemu-user-static, arch-test and catatonit). Debian's Python
 # is 3.13, which the lock serves too; the CUDA side is compiled, never run. docs/image.md has what it takes in time and space.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,7 +35,7 @@ isolation=(--isolation chroot) emulated=()
 if [ "$arch" != "$(dpkg --print-architecture)" ]; then
   [ "$arch" = arm64 ] || stop "only arm64 is tried under emulation here."
   [ -e /proc/sys/fs/binfmt_misc/register ] || mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
-  update-binfmts --enable qemu-aarch64 || stop "qemu is missing: sudo apt install qemu-user-static binfmt-support arch-test"
+  update-binfmts --enable qemu-aarch64 || stop "qemu is missing: sudo apt install qemu-user-static binfmt-support arch-test catatonit"
   # An emulated torch reads the host's processors and crashes: a description of an arm64 one in its place. Only the OCI
   # isolation honours that mount.
   printf 'processor\t: %d\nBogoMIPS\t: 100.00\nFeatures\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics asimdhp\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: 0xd0c\nCPU revision\t: 1\n\n' 0 1 > "$work/cpuinfo"
