@@ -25,6 +25,7 @@ from sparktune.interface import arguments, checkpointing, loading, lora, patchin
 from sparktune.interface.choices import DEFAULT_LENGTH, pick_device, pick_dtype
 from sparktune.interface.origin import transformers_model
 from sparktune.models.patch import PatchReport
+from sparktune.quant.dynamic.choice import Choice
 
 
 class FastLanguageModel:
@@ -48,6 +49,7 @@ class FastLanguageModel:
         resize_model_vocab: int | None = None,
         revision: str | None = None,
         use_exact_model_name: bool = False,
+        dynamic: Choice | str | Path | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Load a causal language model, patch it, and return it with its tokenizer.
@@ -61,6 +63,7 @@ class FastLanguageModel:
         device_map: the whole model goes to one device; spreading it puts hooks on modules that hide the ops.
         use_gradient_checkpointing: "unsloth" or "sparktune" (what is thought best), True (every layer), False.
         revision: branch, tag or commit of `model_name`.
+        dynamic: which layers stay in 16 bits, as `sparktune.quant.dynamic` chose them, or the file it wrote.
         kwargs: attn_implementation, cache_dir, local_files_only, force_download.
 
         Errors: ValueError or TypeError, with the fix, for what is not supported.
@@ -86,6 +89,7 @@ class FastLanguageModel:
             device=device,
             hub={k: kwargs[k] for k in loading.HUB_ARGUMENTS if k in kwargs},
             more={k: kwargs[k] for k in loading.MODEL_ARGUMENTS if k in kwargs},
+            dynamic=loading.read_dynamic(dynamic, load_in_4bit and not full_finetuning),
         )
         return loading.load(request, max_seq_length, full_finetuning, use_gradient_checkpointing, fix_tokenizer)
 

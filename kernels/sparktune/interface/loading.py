@@ -25,6 +25,7 @@ from sparktune.models import attention
 from sparktune.models.patch import FAMILIES
 from sparktune.optim.trainer import register
 from sparktune.quant.cpu_repack import assert_layout, keep_layout
+from sparktune.quant.dynamic.choice import Choice
 from sparktune.quant.experts import as_plain, quantise_experts, stacks_of
 
 LOG = logging.getLogger("sparktune")
@@ -47,6 +48,7 @@ class Request:
     device: torch.device
     hub: dict[str, Any]
     more: dict[str, Any]
+    dynamic: Choice | None = None
 
     @property
     def source(self) -> dict[str, Any]:
@@ -128,6 +130,8 @@ def load_base(request: Request) -> Any:
             "sparktune's own: leave it out."
         )
     quantization: Any = None
+    if request.dynamic is not None and stored:
+        raise ValueError(f"{request.name} is stored in 4 bits already, its layers chosen: leave dynamic out.")
     if stored == MXFP4:
         quantization = Mxfp4Config(dequantize=True)
         LOG.warning(
@@ -138,6 +142,8 @@ def load_base(request: Request) -> Any:
             if request.four_bit
             else "",
         )
+    elif request.dynamic is not None:
+        quantization = request.dynamic.bitsandbytes_config(request.dtype)
     elif request.four_bit and not stored:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -155,6 +161,8 @@ def load_base(request: Request) -> Any:
         **remote,
         **request.more,
     )
+    if request.dynamic is not None:
+        _check_chosen(model, request.dynamic)
     if stored == BITSANDBYTES:
         if stacks_of(model):
             raise ValueError(
@@ -168,6 +176,31 @@ def load_base(request: Request) -> Any:
         LOG.warning("The experts of the family '%s' stay in 16 bits: sparktune has no rules for it.", config.model_type)
     assert_layout(model)
     return model
+
+
+def read_dynamic(dynamic: Choice | str | Path | None, four_bit: bool) -> Choice | None:
+    """The choice of layers that `from_pretrained` was given. Errors: ValueError for one that can't be trained over."""
+    if dynamic is None:
+        return None
+    if not four_bit:
+        raise ValueError("dynamic says which layers stay out of 4 bits: it needs load_in_4bit=True and no full_finetuning.")
+    choice = dynamic if isinstance(dynamic, Choice) else Choice.read(Path(dynamic))
+    choice.bitsandbytes_config()  # refuses GGUF types
+    return choice
+
+
+def _check_chosen(model: Any, choice: Choice) -> None:
+    """Every layer of the choice is there and stored as chosen. Errors: ValueError for the choice of another model."""
+    import bitsandbytes as bnb
+
+    four_bit = {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    chosen = {name for name, kind in choice.types.items() if kind == "nf4"}
+    wrong = sorted(four_bit ^ chosen)
+    if wrong:
+        raise ValueError(
+            f"dynamic was chosen for {choice.model}, and {len(wrong)} layers of this model don't fit it, {wrong[0]} first: "
+            "choose for this model."
+        )
 
 
 def load_adapter(model: Any, request: Request) -> Any:
