@@ -97,9 +97,11 @@ def _run(options: argparse.Namespace) -> None:
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     """Model and tokenizer: bf16 on a GPU, fp32 on a CPU. Errors: ValueError, OSError."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from sparktune.interface.choices import pick_device, pick_dtype
 
+    logging.disable_progress_bar()
     device = pick_device(options.device)
     source = {"revision": options.revision or "main"}
     if getattr(AutoConfig.from_pretrained(options.model, **source), "quantization_config", None):

@@ -24,14 +24,16 @@ import torch
 from torch import Tensor, nn
 
 _ROWS_BYTES = 256 << 20  # of the gradients G_s that are held at a time
+BATCH_TOKENS = 512  # of one forward
 
 
 @dataclass
 class Traffic:
-    """What passed through one use of a weight, sequence by sequence: [T, in] (or token ids [T]) and [draws, T, out]."""
+    """What passed through one use of a weight: for each sequence its inputs [T, in], or token ids [T], and for each draw and
+    sequence the gradients [T, out]."""
 
     inputs: list[Tensor] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)  # one [T, out] for each sequence and draw, draws innermost
+    gradients: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,13 +79,13 @@ def collect(
     model: Any, weights: list[Weight], sequences: Tensor, draws: int = 1, seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Samples:  # fmt: skip
-    """Run `sequences` [S, T] of token ids through the model and keep what passed through `weights`, in bf16.
+    """Run `sequences` [S, T] of token ids through the model and keep what passed through `weights`, in bf16, on their device.
 
     Memory: 2 bytes x tokens x (inputs + draws x outputs) of every layer. `draws` labels a position are drawn from a generator
     of its own, seeded with `seed`. The model is left as it was.
     """
     hooks = []
-    state: dict[str, Any] = {}
+    state: dict[str, int] = {}
     training, needing = model.training, [p for p in model.parameters() if p.requires_grad]
     for weight in weights:
         weight.uses = [Traffic() for _ in weight.modules]
@@ -97,17 +99,18 @@ def collect(
     device = embedding.weight.device
     generator = torch.Generator(device="cpu").manual_seed(seed)
     try:
-        for index, ids in enumerate(sequences):
-            state["recording"] = True
+        done = 0
+        for ids in batches(sequences):
             with torch.enable_grad():
-                logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0].float()
-            state["recording"] = False
+                logits = model(input_ids=ids.to(device), use_cache=False).logits.float()
             logp = logits.log_softmax(-1)
-            chances = logp.detach().exp().cpu()
+            chances = logp.detach().exp().cpu().flatten(0, 1)
             for draw in range(draws):
-                labels = torch.multinomial(chances, 1, generator=generator).to(device)
-                logp.gather(1, labels).sum().backward(retain_graph=draw + 1 < draws)
-            progress(f"calibration text: {index + 1} of {len(sequences)} sequences")
+                state["draw"] = draw
+                labels = torch.multinomial(chances, 1, generator=generator).view(*ids.shape, 1).to(device)
+                logp.gather(-1, labels).sum().backward(retain_graph=draw + 1 < draws)
+            done += len(ids)
+            progress(f"calibration text: {done} of {len(sequences)} sequences")
     finally:
         for hook in hooks:
             hook.remove()
@@ -116,7 +119,7 @@ def collect(
         model.train(training)
     for weight in weights:
         for traffic in weight.uses:
-            if len(traffic.inputs) != len(sequences) or len(traffic.gradients) != len(sequences) * draws:
+            if {len(traffic.inputs), *map(len, traffic.gradients.values())} != {len(sequences)}:
                 raise ValueError(
                     f"{weight.name} was not read once a sequence ({len(traffic.inputs)} times in {len(sequences)}), so its "
                     "gradients can't be told apart: this model can't be measured."
@@ -124,15 +127,23 @@ def collect(
     return Samples(weights, len(sequences), sequences.numel(), draws)
 
 
-def _watch(traffic: Traffic, state: dict[str, Any]) -> Callable[..., None]:
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def batches(sequences: Tensor) -> tuple[Tensor, ...]:
+    """Sequences [S, T] in groups of about 512 tokens, at least one each."""
+    return sequences.split(max(1, BATCH_TOKENS // sequences.shape[1]))
+
+
+def _watch(traffic: Traffic, state: dict[str, int]) -> Callable[..., None]:
+    def forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].detach()
-        traffic.inputs.append(x.flatten() if not x.is_floating_point() else x.flatten(0, -2).to(torch.bfloat16))
+        traffic.inputs.extend((x.to(torch.bfloat16) if x.is_floating_point() else x).unbind(0))
         if not output.requires_grad:
             output.requires_grad_(True)
-        output.register_hook(lambda g: traffic.gradients.append(g.detach().flatten(0, -2).to(torch.bfloat16)))
+        output.register_hook(backward)
 
-    return hook
+    def backward(gradient: Tensor) -> None:
+        traffic.gradients.setdefault(state["draw"], []).extend(gradient.detach().to(torch.bfloat16).unbind(0))
+
+    return forward
 
 
 def second_moment(weight: Weight) -> Tensor | None:
@@ -180,8 +191,8 @@ def _gradients(weight: Weight, samples: Samples) -> Iterator[tuple[int, Tensor]]
         total = torch.zeros(count, rows, ins, device=device)
         for traffic in weight.uses:
             for i in range(count):
-                # Draws of one sequence are backwards of one forward: their gradients come one after the other.
-                x, g = traffic.inputs[i // samples.draws], traffic.gradients[i]
+                draw, sequence = divmod(i, samples.sequences)
+                x, g = traffic.inputs[sequence], traffic.gradients[draw][sequence]
                 if x.dim() == 2:
                     total[i].addmm_(g[:, start : start + rows].float().T, x.float())
                 else:

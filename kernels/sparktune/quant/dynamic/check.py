@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparktune.quant.dynamic.calibrate import batches
 from sparktune.quant.dynamic.choose import Mix, frontier, total
 from sparktune.quant.dynamic.formats import Type
 from sparktune.quant.dynamic.table import Table
@@ -43,19 +44,18 @@ class Judge:
 
     def __init__(self, model: Any, sequences: Tensor, importance: Importance | None = None) -> None:
         self.model, self.sequences, self.importance = model, sequences, importance
-        self.reference = [_log_probabilities(model, ids).to(torch.float32).cpu() for ids in sequences]
+        self.reference = [_log_probabilities(model, ids).cpu() for ids in batches(sequences)]
 
     def kl(self, mix: Mix) -> float:
         """Of one mix; a forward over all sequences."""
         with stored_as(self.model, mix, self.importance):
-            return sum(self._one(*pair) for pair in zip(self.sequences, self.reference, strict=True)) / len(
-                self.sequences
-            )
+            parts = zip(batches(self.sequences), self.reference, strict=True)
+            return sum(self._summed(*part) for part in parts) / self.sequences.numel()
 
-    def _one(self, ids: Tensor, reference: Tensor) -> float:
+    def _summed(self, ids: Tensor, reference: Tensor) -> float:
         logp = _log_probabilities(self.model, ids)
         right = reference.to(logp.device)
-        return float((right.exp() * (right - logp)).sum(-1).mean())
+        return float((right.exp() * (right - logp)).sum())
 
 
 def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
     training = model.training
     model.eval()
     with torch.no_grad():
-        logits: Tensor = model(input_ids=ids[None].to(device), use_cache=False).logits[0]
+        logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
     model.train(training)
     return logits.float().log_softmax(-1)
 
@@ -82,7 +82,7 @@ def importance_of(model: Any, sequences: Tensor) -> Importance:
 
             hooks.append(module.register_forward_hook(add))
     try:
-        for ids in sequences:
+        for ids in batches(sequences):
             _log_probabilities(model, ids)
     finally:
         for hook in hooks:
