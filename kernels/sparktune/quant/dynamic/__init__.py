@@ -9,7 +9,7 @@
 The parts, in the order in which they are used:
 
 calibrate.py    what passes through each weight on the text, and from it the predicted KL of any change of it
-formats.py      types, their bytes and what comes back from them; ggml.py: llama.cpp's own quantisers
+formats.py      types, their bytes and what comes back from them, by llama.cpp's own quantisers
 table.py        weight x type -> bytes, KL, errors
 choose.py       the knapsack
 check.py        what a mix as a whole costs, measured; the mix that meets a target

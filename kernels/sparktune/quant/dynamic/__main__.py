@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparktune.export.files import ExportError
 from sparktune.quant.dynamic import (
     Choice,
     Judge,
@@ -17,7 +18,6 @@ from sparktune.quant.dynamic import (
     to_target,
     within_budget,
 )
-from sparktune.quant.dynamic.ggml import NoLlamaCppError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         _run(options)
-    except (ValueError, OSError, NoLlamaCppError) as error:
+    except (ValueError, OSError, ExportError) as error:
         print(f"sparktune.quant.dynamic: {error}", file=sys.stderr)
         return 2
     return 0

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def weights_of(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> li
     found: dict[int, Weight] = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and wanted(name, module):
-            parameter = module.weight
+            parameter = cast(nn.Parameter, module.weight)
             if not parameter.is_floating_point():
                 raise ValueError(f"{name} is quantised already: give the 16-bit model.")
             entry = found.setdefault(id(parameter), Weight(f"{name}.weight", parameter, []))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparktune.quant.dynamic import ggml
+from sparktune.export import ggml
 
 NF4_BLOCK = 64
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -91,7 +91,10 @@ class Type:
             )
             back: Tensor = F.dequantize_4bit(codes, state)
             return back.reshape(weight.shape).float()
+        from gguf.quants import dequantize
+
         rows = weight.float().cpu().numpy()
         columns = None if importance is None else importance.float().cpu().numpy()
-        data = ggml.quantize(rows, self.ggml, columns)
-        return torch.from_numpy(ggml.dequantize(data, self.ggml)).to(weight.device)
+        row_bytes = self.nbytes(tuple(rows.shape[-1:]))
+        data = ggml.quantise(rows, self.ggml, row_bytes, columns)
+        return torch.from_numpy(dequantize(data, self.ggml)).to(weight.device)
