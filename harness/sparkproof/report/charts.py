@@ -32,6 +32,15 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Track:
+    """One set of points (x, y), joined in the order of x where `joined`."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    joined: bool = True
+
+
+@dataclass(frozen=True)
 class Bar:
     """One bar, with its interval and what it is compared with."""
 
@@ -135,6 +144,44 @@ def line_chart(title: str, lines: Sequence[Line], y_name: str, x_name: str, note
     svg = _svg(HEIGHT, f"{title}, {y_name}. {'; '.join(said)}", parts)
     legend = [(i, one_line(line.name)) for i, line in enumerate(lines)]
     return Chart(title, f"{y_name}{', ' if note else ''}{note}", svg, legend, footnote)
+
+
+def xy_chart(title: str, tracks: Sequence[Track], x_name: str, y_name: str, note: str) -> Chart | None:
+    """Points over a linear x and a logarithmic y; None when there is nothing to draw. Points without a place are left out."""
+    tracks = tracks[:SERIES]
+    drawn = [[(x, y) for x, y in sorted(t.points) if drawable(x) and drawable(y) and y > 0] for t in tracks]
+    every = [p for points in drawn for p in points]
+    if not every:
+        return None
+    xs = ticks(min(x for x, _ in every), max(x for x, _ in every), 6)
+    low, high = math.log10(min(y for _, y in every)), math.log10(max(y for _, y in every))
+    low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
+    ys = [m * 10.0**k for k in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
+    wide, tall = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+
+    def px(x: float) -> float:
+        return LEFT + wide * (x - xs[0]) / (xs[-1] - xs[0])
+
+    def py(y: float) -> float:
+        return TOP + tall * (high - math.log10(y)) / (high - low)
+
+    parts = []
+    for y in (y for y in ys if low <= math.log10(y) <= high):
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{_f(py(y))}" y2="{_f(py(y))}" class="grid"/>')
+        parts.append(_text(LEFT - 6, py(y) + 4, number(y), anchor="end"))
+    parts += [_text(px(x), HEIGHT - BOTTOM + 15, number(x)) for x in xs]
+    parts.append(_text(LEFT + wide / 2, HEIGHT - 4, f"{x_name}; {y_name} upwards, logarithmic", "axis"))
+    said = []
+    for i, (track, points) in enumerate(zip(tracks, drawn, strict=True)):
+        if track.joined and len(points) > 1:
+            dash = f' stroke-dasharray="{DASHES[i]}"' if DASHES[i] else ""
+            path = " ".join(f"{_f(px(x))},{_f(py(y))}" for x, y in points)
+            parts.append(f'<polyline points="{path}" class="line s{i}"{dash}/>')
+        parts += [f'<circle cx="{_f(px(x))}" cy="{_f(py(y))}" r="3" class="dot s{i}"/>' for x, y in points]
+        said.append(f"{track.name}: " + ", ".join(f"{number(y)} at {number(x)}" for x, y in points))
+    svg = _svg(HEIGHT, f"{title}, {y_name} over {x_name}. {'; '.join(said)}", parts)
+    legend = [(i, one_line(track.name)) for i, track in enumerate(tracks)]
+    return Chart(title, f"{y_name}{', ' if note else ''}{note}", svg, legend)
 
 
 def _runs(values: Sequence[float]) -> list[list[tuple[int, float]]]:
