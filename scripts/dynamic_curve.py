@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="the model in f16, from convert_hf_to_gguf.py")
     parser.add_argument("--types", default="", help="GGUF types to choose among")
     parser.add_argument("--presets", type=lambda s: tuple(s.split(",")), default=PRESETS)
+    parser.add_argument("--only", choices=("nf4", "gguf"), help="one of the two charts")
     parser.add_argument("--tokens", type=int, default=2048, help="of calibration text")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens a sequence, in measuring")
     parser.add_argument("--draws", type=int, default=2)
@@ -243,7 +244,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32")
     sequences = sequences_of(tokenizer, calibration, options.tokens, options.length)
-    for format in ("nf4", "gguf") if options.llama_bin else ("nf4",):
+    wanted = [options.only] if options.only else ["nf4", "gguf"]
+    if "gguf" in wanted and not (options.llama_bin and options.gguf):
+        parser.error("The chart of GGUF types needs --llama-bin and --gguf; --only nf4 draws the other.")
+    for format in wanted:
         file = options.out / f"table_{format}.json"
         if not file.exists():
             types = options.types.split(",") if options.types and format == "gguf" else ()

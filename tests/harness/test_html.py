@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_sample import EVIL, case, evil_result, good_results, laptop, metric, mixed_results, record_of, train
 from sparkproof.report import html
-from sparkproof.report.charts import Bar, Line, bar_chart, drawable, line_chart, ticks
+from sparkproof.report.charts import Bar, Line, Track, bar_chart, drawable, line_chart, ticks, xy_chart
 from sparkproof.report.html import exhibit
 from sparkproof.report.sections import floats, sections
 from sparkproof.results import ReasonClass, Verdict
@@ -298,3 +298,17 @@ def test_that_browser_would_have_seen_it(tmp_path: Path) -> None:
 
 def test_evil_is_in_the_sample() -> None:
     assert "<script>" in EVIL and metric(EVIL, 1.0, "s").name == EVIL
+
+
+def test_an_xy_chart_puts_points_where_their_numbers_are_and_leaves_out_what_has_no_place() -> None:
+    chart = xy_chart(
+        "t", [Track("a", [(2, 0.1), (1, 1.0), (3, 0.0)]), Track("b & c", [(1, 0.01)], joined=False)], "MiB", "KL", ""
+    )
+    assert chart is not None and chart.legend == [(0, "a"), (1, "b & c")]
+    dots = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="3" class="dot s(\d)"', chart.svg)
+    a = sorted((float(x), float(y)) for x, y, s in dots if s == "0")
+    b = [(float(x), float(y)) for x, y, s in dots if s == "1"]
+    assert len(a) == 2 and a[0][1] < a[1][1]  # more MiB, less KL: further down
+    assert b[0][0] == a[0][0] and abs((b[0][1] - a[1][1]) - (a[1][1] - a[0][1])) < 0.2  # equal steps of a power of ten
+    assert chart.svg.count("<polyline") == 1 and "b &amp; c" in chart.svg
+    assert xy_chart("t", [Track("a", [(1, 0.0)])], "x", "y", "") is None
