@@ -183,7 +183,9 @@ def read_dynamic(dynamic: Choice | str | Path | None, four_bit: bool) -> Choice 
     if dynamic is None:
         return None
     if not four_bit:
-        raise ValueError("dynamic says which layers stay out of 4 bits: it needs load_in_4bit=True and no full_finetuning.")
+        raise ValueError(
+            "dynamic says which layers stay out of 4 bits: it needs load_in_4bit=True and no full_finetuning."
+        )
     choice = dynamic if isinstance(dynamic, Choice) else Choice.read(Path(dynamic))
     choice.bitsandbytes_config()  # refuses GGUF types
     return choice
