@@ -5,6 +5,7 @@ import json
 import shutil
 
 import export_tiny
+import families
 import gguf
 import numpy as np
 import pytest
@@ -220,3 +221,10 @@ def test_a_stack_of_experts_is_quantised_expert_by_expert():
     assert plain.shape == (4, 144) and (plain != flat).any()
     with pytest.raises(ExportError, match="not finite"):
         quantise(np.full((1, 256), np.inf, dtype=np.float32), gguf.GGMLQuantizationType.Q8_0, 272)
+
+
+def test_a_family_of_sentencepiece_without_its_model_file_names_the_cure(tmp_path):
+    families.build("phi3").save_pretrained(tmp_path / "base")
+    export_tiny.make_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(ExportError, match=r"Put the tokenizer\.model of the base's repository beside it"):
+        export_gguf(tmp_path / "base", tmp_path / "m.gguf", "f16")

@@ -209,6 +209,18 @@ def test_the_pre_tokenizer_is_told_by_its_definition(name):
     assert pre_tokenizer(definition) == name
 
 
+def test_qwens_normalised_text_is_known(base):
+    """Made by transformers' own class, around other merges."""
+    from transformers import Qwen2Tokenizer
+
+    tokenizer = Qwen2Tokenizer(vocab={"a": 0, "b": 1}, merges=[])
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    assert definition["normalizer"] == {"type": "NFC"} and pre_tokenizer(definition) == "qwen2"
+    definition["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Removed"
+    with pytest.raises(ExportError, match="normalises its text"):
+        pre_tokenizer(definition)
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [

@@ -126,7 +126,13 @@ def converting(base: Path) -> Iterator[None]:
         SystemExit,
     ) as error:
         said = " ".join(str(error).split())[:300] or "it gives no reason"
-        raise ExportError(f"llama.cpp can't convert {base} ({type(error).__name__}: {said}).", FIX) from error
+        lacks = "tokenizer.model" in said and any(
+            word in said for word in ("Missing", "not found")
+        )  # SentencePiece families
+        fix = "Put the tokenizer.model of the base's repository beside it: newer transformers no longer save it."
+        raise ExportError(
+            f"llama.cpp can't convert {base} ({type(error).__name__}: {said}).", fix if lacks else FIX
+        ) from error
 
 
 @contextlib.contextmanager

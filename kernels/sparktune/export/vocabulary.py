@@ -21,6 +21,16 @@ _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Qwen's: llama.cpp takes its text as it comes, which is the same for text that is in Unicode's NFC already.
+QWEN2 = [
+    {
+        "type": "Split",
+        "pattern": {"Regex": _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")},
+        "behavior": "Isolated",
+        "invert": False,
+    },
+    _BYTES_ONLY,
+]
 # (name in llama.cpp, steps of the pre-tokenizer, whether whole words in the vocabulary skip the merges)
 PRE_TOKENIZERS: list[tuple[str, list[dict[str, Any]], bool]] = [
     ("gpt-2", [_BYTES_GPT2], False),
@@ -44,17 +54,19 @@ def pre_tokenizer(definition: dict[str, Any]) -> str:
             f"The tokenizer is {model.get('type')}, not byte-level BPE.",
             "Only byte-level BPE is exported to GGUF here.",
         )
-    if definition.get("normalizer"):
-        raise ExportError(
-            f"The tokenizer normalises its text ({definition['normalizer'].get('type')}), which no known one does.",
-            "Export a merged folder instead; llama.cpp would tokenise otherwise.",
-        )
     step = definition.get("pre_tokenizer") or {}
     steps = [
         {k: v for k, v in s.items() if k != "trim_offsets"}  # offsets are not tokens
         for s in (step.get("pretokenizers", [step]) if step else [])
     ]
     ignore_merges = bool(model.get("ignore_merges"))
+    if definition.get("normalizer") == {"type": "NFC"} and steps == QWEN2 and not ignore_merges:
+        return "qwen2"
+    if definition.get("normalizer"):
+        raise ExportError(
+            f"The tokenizer normalises its text ({definition['normalizer'].get('type')}), which no known one does.",
+            "Export a merged folder instead; llama.cpp would tokenise otherwise.",
+        )
     for name, known, ignores in PRE_TOKENIZERS:
         if steps == known and ignores == ignore_merges:
             return name
