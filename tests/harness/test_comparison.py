@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import report_sample as sample
+import torch
 from pydantic import ValidationError
 from sparkproof.errors import UserError
 from sparkproof.facts.model import Facts
@@ -30,6 +31,7 @@ RAN = {
         "watermarks": {"rms_norm": {"triton": 0, "interpreter": 0, "reference": 9}},
     },
 }  # fmt: skip
+HAS_GPU = torch.cuda.is_available()
 MS = {"hf": 20.0, "sparktune": 10.0}
 
 
@@ -77,7 +79,7 @@ class Stage(Context):
                 (turns / f"{phase}-{int(line)}.json").write_text("{}")
         result = {
             **first, "blocks": blocks, "memory": {"peak_rss_gib": 4.0 if phase == "hf" else 3.0}, "ran": RAN[phase],
-            "work": {"flops": 1e9, "bytes": 1e6}, "versions": {},
+            "work": {"flops": 1e9, "bytes": 1e6}, "versions": {}, "architecture": "llama",
         }  # fmt: skip
         return Outcome(status="ok", result=result, start_available_gib=20.0, min_available_gib=15.0)
 
@@ -290,6 +292,15 @@ def test_learned_is_what_training_cases_of_that_family_showed(tmp_path: Path) ->
         record = sample.record_of(tmp_path / f"{verdict}{mode}", results)
         found = {r.cells[2]: r.cells[3] for r in engines.rows(record)}
         assert found["hf"] == word and found["sparktune"] == "not tried"
+    small = sample.train("hf")  # a SmolLM2 is a Llama
+    small.evidence["subject"] = {
+        "family": "smollm2", "architecture": "llama", "model": "m", "engine": "hf", "batch": 2, "seq_len": 64,
+    }  # fmt: skip
+    record = sample.record_of(tmp_path / "small", [small, sample.comparison()])
+    assert next((r.cells[0], r.cells[2], r.cells[3]) for r in engines.rows(record)) == ("llama", "hf", "yes")
+    small.evidence["subject"]["architecture"] = "qwen3"
+    record = sample.record_of(tmp_path / "other", [small, sample.comparison()])
+    assert engines.rows(record)[0].cells[3] == "not tried"
 
 
 def test_facts_decide_whether_canaries_are_timed(stage: Stage) -> None:
@@ -299,3 +310,24 @@ def test_facts_decide_whether_canaries_are_timed(stage: Stage) -> None:
     stage.facts, stage.order = Facts.model_construct(gpus=[]), []
     comparison.run(case(), stage)
     assert "canaries" not in stage.order
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("cpu", marks=pytest.mark.slow),
+        pytest.param("gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")]),
+    ],
+)
+def test_in_real_processes(where: str, tmp_path: Path) -> None:
+    """Two engines over one checkpoint, in processes of their own that take turns."""
+    facts = sample.spark() if where == "gpu" else sample.laptop()
+    context = Context(tmp_path, facts, tmp_path / "cache", 0.5)
+    found = comparison.run(case(seq_len=64, warm_up=1, engines=["hf", "sparktune"], timeout_s=900), context)
+    assert found.verdict in (Verdict.PASSED, Verdict.RETEST), (found.reason, found.output_tail)
+    for row in rows(found).values():
+        assert row["status"] == "timed" and row["tokens_per_s"] > 0 and row["peak_gib"] > 0
+    assert rows(found)["sparktune"]["ratio_low"] <= rows(found)["sparktune"]["ratio_high"]
+    assert found.mode == ("gpu" if where == "gpu" else "host")
+    assert found.evidence["subject"]["architecture"] == "llama"
+    assert "mfu" in rows(found)["hf"] or where == "cpu"

@@ -62,7 +62,8 @@ def judge(
         assertions=assertions, measurements=_measurements(sides, rows, s, canaries.get("before") or {}, on_gpu),
         notices=_notices(sides, on_gpu), mode="gpu" if on_gpu else "host", output_tail=failed.log if failed else "",
         evidence={
-            "subject": subject(s, source), "engines": rows, "canaries": canaries,
+            "subject": {**subject(s, source), "architecture": hf.seen.get("architecture", "")}, "engines": rows,
+            "canaries": canaries,
             "versions": hf.seen.get("versions", {}),
         },
     )  # fmt: skip

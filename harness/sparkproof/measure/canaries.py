@@ -26,7 +26,16 @@ def take() -> dict[str, Any]:
     why = child.refusal(torch)
     if why:
         return {"error": why}
-    found = {"copy_gb_s": child.copy_rate(torch), "gemv_gb_s": child.gemv_rate(torch), **child.load(torch, LOAD_S)}
+    # Training asks for deterministic algorithms, which a canary must not: it would time another one after than before.
+    strict, lenient = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        found = {"copy_gb_s": child.copy_rate(torch), "gemv_gb_s": child.gemv_rate(torch), **child.load(torch, LOAD_S)}
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=lenient)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return found

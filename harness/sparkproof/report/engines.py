@@ -114,6 +114,7 @@ def _part(e: dict[str, Any]) -> str:
 def _compared(record: RunRecord, c: CaseResult) -> Iterator[Row]:
     subject = c.evidence["subject"]
     what = one_line(subject["settings"]).split(", rank ")[0]
+    kind = subject.get("architecture") or subject["family"]
     for e in c.evidence["engines"]:
         timed = e["status"] == "timed" and c.verdict is not Verdict.RETEST
         ratio = "1" if e["engine"] == "hf" else e["status"] if e["status"] != "timed" else "–"
@@ -125,7 +126,7 @@ def _compared(record: RunRecord, c: CaseResult) -> Iterator[Row]:
             ratio = "retest"
         yield Row(
             (
-                one_line(subject["family"]), what, e["engine"], _learned(record, subject["family"], e["engine"]),
+                one_line(subject["family"]), what, e["engine"], _learned(record, kind, e["engine"]),
                 _whole(e.get("tokens_per_s")), _gib(e.get("peak_gib")), ratio,
                 f"{e['memory_share']:.2f}" if "memory_share" in e else "1" if e["engine"] == "hf" else "–",
             ),
@@ -133,18 +134,22 @@ def _compared(record: RunRecord, c: CaseResult) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def _learned(record: RunRecord, family: str, engine: str) -> str:
-    """What training cases of this family and engine say: every one of them learned, one did not, or none was run."""
-    cases = [
-        r
-        for r in record.results
-        if r.kind == "train" and r.name.startswith(f"train/{family}/") and f"engine={engine}]" in r.name
-    ]
+def _learned(record: RunRecord, architecture: str, engine: str) -> str:
+    """What training cases of this architecture and engine say: all that ran learned, one did not, or none was run."""
+    cases = [r for r in record.results if r.kind == "train" and _is(r, architecture, engine)]
     said = {_outcome(r) for r in cases}
     for word in ("no", "no verdict", "yes", "yes, on the CPU"):
         if word in said:
             return word
     return "not run" if cases else "not tried"
+
+
+def _is(r: CaseResult, architecture: str, engine: str) -> bool:
+    """Whether a training case is of this engine, and its model of this architecture; one that left no account by its name."""
+    subject = r.evidence.get("subject")
+    if isinstance(subject, dict):
+        return (subject.get("architecture") or subject["family"], subject["engine"]) == (architecture, engine)
+    return r.name.startswith(f"train/{architecture}/") and f"engine={engine}]" in r.name
 
 
 def _outcome(r: CaseResult) -> str:

@@ -69,8 +69,9 @@ class _Side:
                     blocks.append({"ms": self._block(len(blocks)), "during": {}})
                 self._answer(int(line), {})
         return {
-            **first, "blocks": blocks, "memory": account.peak_memory(), "memory_loading": loading,
-            "ran": vars(self.model.engine.ran(self.model.model)), "work": self._work(), "versions": account.versions(),
+            **first, "architecture": str(self.model.model.config.model_type), "blocks": blocks,
+            "memory": account.peak_memory(), "memory_loading": loading, "work": self._work(),
+            "ran": vars(self.model.engine.ran(self.model.model)), "versions": account.versions(),
         }  # fmt: skip
 
     def _data(self) -> list[dict[str, Any]]:

@@ -192,18 +192,21 @@ def _train_and_judge(t: Training) -> CaseResult:
     )
 
 
-def _subject(t: Training) -> dict[str, Any]:
+def _subject(t: Training, ran: dict[str, Any]) -> dict[str, Any]:
     """Who trained what, for the report's table of engines."""
     s, parts = t.scenario, t.case.name.partition("[")[0].split("/")
     family = parts[1] if len(parts) > 2 else ""
-    return {"family": family, "model": s.model, "engine": s.engine, "batch": s.batch, "seq_len": s.seq_len}
+    return {
+        "family": family, "architecture": ran["architecture"], "model": s.model, "engine": s.engine, "batch": s.batch,
+        "seq_len": s.seq_len,
+    }  # fmt: skip
 
 
 def _untrainable(t: Training, ran: dict[str, Any]) -> CaseResult:
     """The engine gave a model without LoRA, or froze it: no step was made."""
     assertions = gate.lora(t.scenario, Evidence(ran, {}, {}))
     verdict, reason = CaseResult.decide(assertions)
-    evidence = {"subject": _subject(t), "lora": ran["lora"], "patches": ran["ran"]["patches"]}
+    evidence = {"subject": _subject(t, ran), "lora": ran["lora"], "patches": ran["ran"]["patches"]}
     return CaseResult(
         name=t.case.name, kind="train", verdict=verdict, reason=reason, next_step=_next_step(assertions, t),
         assertions=assertions, evidence=evidence, mode=ran["ran"]["mode"],
@@ -233,7 +236,7 @@ def _evidence(t: Training, ran: dict[str, Any], again: dict[str, Any], agreed: d
     closest = Evidence(ran, again, agreed).closest[1]
     keys = ("loss", "grad_norm", "canary_before", "canary_after", "held_out_before", "held_out_after", "lora", "data")
     return {
-        "subject": _subject(t),
+        "subject": _subject(t, ran),
         **{key: ran[key] for key in keys},
         "repeat": again["repeat"],
         "fed": closest["fed"],

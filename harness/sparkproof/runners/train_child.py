@@ -103,6 +103,7 @@ def _train(payload: dict[str, Any]) -> dict[str, Any]:
         return {
             "lora": account.lora_account(bench.model, s.lora.target_modules),
             "ran": vars(bench.engine.ran(bench.model)),
+            "architecture": architecture(bench.model),
             "untrainable": True,
         }
     base_before, tensors_before = account.base_digest(bench.model), account.tensor_digests(bench.model)
@@ -131,6 +132,7 @@ def _train(payload: dict[str, Any]) -> dict[str, Any]:
         canaries["after"] = take_canaries()
     return {
         **curve.to_json(),
+        "architecture": architecture(bench.model),
         "work": useful_work(bench),
         "canaries": canaries,
         "during": watch.summary() if watch else {},
@@ -152,6 +154,11 @@ def _train(payload: dict[str, Any]) -> dict[str, Any]:
         "versions": account.versions(),
         "conditions": account.conditions(device),
     }
+
+
+def architecture(model: Any) -> str:
+    """Which of transformers' kinds of model it is: "llama" for a SmolLM2 too."""
+    return str(getattr(model.config, "model_type", ""))
 
 
 def useful_work(bench: Bench) -> dict[str, Any]:
