@@ -58,6 +58,7 @@ class Request:
     facts: Path | None = None
     wait: bool = False
     runs_in: RunsIn | None = None  # decided by whoever asked; None: as this process's surroundings say
+    opening: str = ""  # said once the request is known to be right, so that a wrong word's error comes first
 
     def overrides(self) -> dict[str, dict[str, Any]]:
         """Fields of training scenarios that the command line sets."""
@@ -117,6 +118,8 @@ def dry_run(request: Request) -> int:
     profile = request.profile or default_profile(facts)
     found, cases = select(request, root, profile)
     console = Console()
+    if request.opening:
+        console.print(escape(request.opening), highlight=False, soft_wrap=True)
     console.print(f"{escape(facts.device_sentence())}; profile {profile.value}")
     table = Table("case", "would", "why", box=None, pad_edge=False)
     skipped = 0
@@ -148,6 +151,8 @@ def validate(request: Request) -> int:
         if request.runs_in is not None:
             facts.runs_in = request.runs_in
         controller = resume(request, facts) if request.resume else start(request, facts)
+        if request.opening:
+            console.print(escape(request.opening), highlight=False, soft_wrap=True)
         return execute(controller, default_workers(facts) if request.workers is None else request.workers)
 
 

@@ -90,7 +90,7 @@ def in_place(mode: str, container_engine: str, request: object, dry_run: bool) -
             if not os.environ.get(VARIABLE):  # a container's own run was told before it began
                 request.runs_in = chosen.place
             if chosen.place.where == "host" and mode != "host":
-                say(f"Runs on the host: {chosen.place.why}.")
+                request.opening = f"Runs on the host: {chosen.place.why}."
         else:
             from sparkproof.containers import image, work
 
