@@ -2,7 +2,7 @@
 
 A fat binary starts with a magic number, its header's size and its own size; entries follow, each with its kind (1 is PTX, 2 is
 machine code), its header's size, its payload's size, and the architecture as a number (121 for sm_121). Those headers
-are plain even where the payload is compressed..
+are plain even where the payload is compressed.
 """
 
 from __future__ import annotations
