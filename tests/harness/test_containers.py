@@ -109,7 +109,7 @@ def test_every_option_of_a_request_reaches_the_inside() -> None:
         "revision": "r", "steps": 3, "resume": "latest", "workers": 2, "memory_floor_gib": 4.0, "strict": True, "wait": True,
         "model_dir": Path("/tmp"), "scenarios": Path("/tmp"),
     }  # fmt: skip
-    outside = {"reports", "facts", "runs_in"}  # a mount; refused; handed in as a variable
+    outside = {"reports", "facts", "runs_in", "opening"}  # a mount; refused; handed in as a variable; said outside
     assert {f.name for f in dataclasses.fields(Request)} == values.keys() | outside
     plain = work.arguments(Request())[0]
     for name, value in values.items():
