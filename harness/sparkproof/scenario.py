@@ -253,18 +253,33 @@ class FitScenario(OnOneModel):
     most_step_s: float = Field(default=20, gt=0, description="A batch whose step would take longer is predicted only.")
 
 
+ExportFormat = Literal[
+    "adapter", "merged_16bit", "merged_4bit", "gguf_f32", "gguf_f16", "gguf_bf16", "gguf_q8_0", "gguf_q6_k",
+    "gguf_q5_k_m", "gguf_q4_k_m", "gguf_q4_0", "gguf_mxfp4", "gguf_lora", "ollama",
+]  # fmt: skip
+
+
 class ExportScenario(ScenarioBase):
     """What was trained goes out in a format and comes back through its real consumer."""
 
     kind: Literal["export"]
-    source: str = Field(description="Name of the train case whose adapter is exported.")
-    format: Literal["adapter", "merged_16bit", "gguf_f16", "gguf_q8_0"] = Field(description="What is written.")
-    consumer: Literal["transformers", "peft", "llama.cpp"] = Field(description="What loads it, in a fresh process.")
+    source: str = Field(
+        description="Name of the train case whose adapter is exported; or 'tiny:<family>' or 'tiny:<family>@256', a tiny "
+        "model that is taught one answer on the spot.",
+    )
+    format: ExportFormat = Field(description="What is written.")
+    consumer: Literal["transformers", "peft", "llama.cpp", "vllm", "ollama", "go-template"] = Field(
+        description="What loads it, in a fresh process. 'go-template' renders Ollama's template with Go's own "
+        "text/template: template parity, which is not Ollama.",
+    )
     reference: Literal["base16+adapter", "base4+adapter"] = Field(
         default="base16+adapter",
         description="What it must agree with: merging happens into the 16-bit base, training ran over the 4-bit one.",
     )
-    max_kl: float = Field(gt=0, description="Largest mean KL(reference || exported) over positions, in nats.")
+    max_kl: float | dict[ExportFormat, float] = Field(
+        default=0.0,
+        description="Largest mean KL(reference || exported) over positions, in nats; one number, or one for each format.",
+    )
     clear_margin: float = Field(
         default=0.5, gt=0, description="Top-1 must agree where the reference leads by this, in nats."
     )
@@ -277,6 +292,26 @@ class ExportScenario(ScenarioBase):
         description="Texts whose next-token distributions are compared.",
         min_length=1,
     )
+
+    @property
+    def kl_bound(self) -> float:
+        """The bound of this case's format, in nats."""
+        return self.max_kl[self.format] if isinstance(self.max_kl, dict) else self.max_kl
+
+    @property
+    def family(self) -> str:
+        """The family that the source names: 'llama' of 'tiny:llama@256', 'smollm2' of 'train/smollm2/135m...'."""
+        if self.source.startswith("tiny:"):
+            return self.source.removeprefix("tiny:").partition("@")[0]
+        return self.source.removeprefix("train/").partition("/")[0]
+
+    @model_validator(mode="after")
+    def _validate_bound(self) -> ExportScenario:
+        if isinstance(self.max_kl, dict) and self.format not in self.max_kl:
+            raise ValueError(f"`max_kl` has no bound for the format {self.format}")
+        if self.consumer != "go-template" and not self.kl_bound > 0:
+            raise ValueError("an export needs `max_kl`, the largest mean KL that passes, above 0")
+        return self
 
 
 class RollbackScenario(ScenarioBase):

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from sparkproof.runners import export_account, export_judge
+from sparkproof.runners import export_account, export_file_judge, export_judge
+from sparkproof.runners.export_formats import allowed
 from sparkproof.runners.export_probe import CONVERSATIONS, HARD_STRINGS
 
 
@@ -86,17 +87,17 @@ def tensors(**types):
     ],
 )
 def test_types(format_, found, passes):
-    assert export_judge.types(format_, found).passed is passes
+    assert export_file_judge.types(format_, found).passed is passes
 
 
 def test_parameters_and_size():
-    assert export_judge.parameters(100, 100).passed
-    assert not export_judge.parameters(99, 100).passed and not export_judge.parameters(0, 0).passed
+    assert export_file_judge.parameters(100, 100).passed
+    assert not export_file_judge.parameters(99, 100).passed and not export_file_judge.parameters(0, 0).passed
     file = {"tensors": {"a": {"type": "F16", "shape": [1 << 20, 64]}}, "bytes": 128 << 20}
-    assert export_judge.size(file).passed
-    assert not export_judge.size({**file, "bytes": (128 << 20) - 1}).passed
-    assert not export_judge.size({**file, "bytes": 256 << 20}).passed
-    assert not export_judge.size({"tensors": {}, "bytes": 5}).passed
+    assert export_file_judge.size(file).passed
+    assert not export_file_judge.size({**file, "bytes": (128 << 20) - 1}).passed
+    assert not export_file_judge.size({**file, "bytes": 256 << 20}).passed
+    assert not export_file_judge.size({"tensors": {}, "bytes": 5}).passed
 
 
 def test_tokenizer_template_and_renders():
@@ -116,23 +117,92 @@ def test_canary():
     assert not export_judge.canary("anything", " ").passed
 
 
-def test_every_assertion_has_a_next_step(reference):
-    empty = {"ids": [[1]] * len(HARD_STRINGS), "template": "a", "renders": ["a"] * 3, "canary": ""}
-    other = {"ids": [[2]] * len(HARD_STRINGS), "template": "b", "renders": ["b"] * 3, "canary": ""}
+def test_chats_name_a_second_beginning_of_text():
+    want = [[1, 5, 6], [1, 7], [1, 8]]
+    assert export_judge.chats(want, want, 1).passed
+    doubled = export_judge.chats(want, [[1, 1, 5, 6], [1, 7], [1, 8]], 1)
+    assert not doubled.passed and "beginning of text, once too often" in doubled.detail
+    other = export_judge.chats(want, [[1, 5, 9], [1, 7], [1, 8]], 1)
+    assert not other.passed and "too often" not in other.detail
+    assert not export_judge.chats(want[:2], want[:2], 1).passed
+
+
+def test_stops_need_a_reference_that_stops():
+    assert export_judge.stops(True, True).passed
+    assert not export_judge.stops(True, False).passed
+    judged = export_judge.stops(False, False)
+    assert not judged.passed and "can't be judged" in judged.detail
+
+
+@pytest.mark.parametrize(
+    ("format_", "row", "kinds"),
+    [
+        ("gguf_q4_k_m", 256, {"Q4_K", "Q5_K", "Q6_K"}),
+        ("gguf_q4_k_m", 576, {"Q5_0", "Q5_1", "Q8_0"}),
+        ("gguf_q6_k", 576, {"Q8_0"}),
+        ("gguf_q6_k", 48, {"F16"}),
+        ("gguf_q4_0", 576, {"Q4_0", "Q8_0"}),
+        ("gguf_bf16", 7, {"BF16"}),
+    ],
+)
+def test_k_quants_fall_back_where_a_row_is_no_multiple_of_256(format_, row, kinds):
+    assert allowed(format_, row) == kinds
+
+
+def test_a_mix_that_is_hardly_the_format_is_no_such_format():
+    def mix(few):
+        kinds = {f"blk.{i}.ffn_up.weight": "Q4_K" if i < few else "Q6_K" for i in range(10)}
+        return {name: {"type": kind, "shape": [256, 256]} for name, kind in kinds.items()}
+
+    assert export_file_judge.types("gguf_q4_k_m", mix(5)).passed
+    judged = export_file_judge.types("gguf_q4_k_m", mix(3))
+    assert not judged.passed and "Q4_K holds 30%" in judged.detail
+
+
+def weights(**changes):
+    right = {"times": 1.001, "distance": 1e-3, "ratio": 0.4, "type": "BF16", "name": "q", "checked": 4, "off": 0, "nearest": ""}
+    return {**right, **changes}
+
+
+def test_weights_are_base_and_update_once():
+    assert export_file_judge.times(weights()).passed and export_file_judge.distance(weights()).passed
+    assert not export_file_judge.times(weights(times=2.0)).passed
+    assert not export_file_judge.times(weights(times=float("nan"))).passed
+    assert not export_file_judge.times(weights(checked=0)).passed
+    judged = export_file_judge.distance(weights(ratio=1.2, off=3, nearest="the update added twice"))
+    assert not judged.passed and "3 are off; they look like the update added twice" in judged.detail
+
+
+def test_a_broken_file_is_judged_by_that_alone(reference):
+    broken = {"tensors": {}, "parameters": 0, "bytes": 0, "broken": ["x ends early"]}
+    seen = {"file": broken, "answers": None}
+    (judged,) = export_judge.judge(scenario(), reference, reference[:0], {}, seen)
+    assert not judged.passed and judged.name == "files that are not whole"
+
+
+def scenario():
     from sparkproof.scenario import ExportScenario
 
-    scenario = ExportScenario(
+    return ExportScenario(
         kind="export", summary="an export of a test", source="x", format="gguf_f16", consumer="llama.cpp", max_kl=1e-9
     )
+
+
+def test_every_assertion_has_a_next_step(reference):
+    empty = {"ids": [[1]] * len(HARD_STRINGS), "template": "a", "renders": ["a"] * 3, "canary": "", "chats": [[1]] * 3,
+             "stopped": True}  # fmt: skip
+    other = {"ids": [[2]] * len(HARD_STRINGS), "template": "b", "renders": ["b"] * 3, "canary": "", "chats": [[2]] * 3,
+             "stopped": False}  # fmt: skip
     seen = {
         "answers": other,
-        "file": {"tensors": {"a": {"type": "F32", "shape": [2, 2]}}, "parameters": 4, "bytes": 1},
+        "file": {"tensors": {"a": {"type": "F32", "shape": [2, 2]}}, "parameters": 4, "bytes": 1, "broken": []},
         "expected_parameters": 5,
         "expected_type": "BF16",
         "canary_answer": "said",
+        "weights": weights(times=0, ratio=9, off=1),
     }
     cut = np.full_like(reference, np.nan)
-    assertions = export_judge.judge(scenario, reference, cut, {"answers": empty}, seen)
-    assert len(assertions) == 10 and not any(a.passed for a in assertions)
-    assert all(export_account.next_step([a]) for a in assertions)
+    assertions = export_judge.judge(scenario(), reference, cut, {"answers": empty}, seen)
+    assert len(assertions) == 15 and sum(a.passed for a in assertions) == 1  # nothing is missing from the file
+    assert all(export_account.next_step([a]) for a in assertions if not a.passed)
     assert export_account.next_step([]) == ""

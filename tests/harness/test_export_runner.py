@@ -13,8 +13,9 @@ import torch
 from sparkproof.errors import UserError
 from sparkproof.facts.model import Cpu, Facts, Memory
 from sparkproof.results import ReasonClass, Verdict
-from sparkproof.runners import export
+from sparkproof.runners import export, export_source
 from sparkproof.runners.base import Context
+from sparkproof.runners.export_formats import FORMATS
 from sparkproof.runners.process import Outcome
 from sparkproof.scenario import Case, ExportScenario, TrainScenario
 from sparktune.export import ExportError, export_gguf, hf
@@ -71,7 +72,7 @@ def export_case(format_, **changes):
             "summary": "a tiny export",
             "source": "train/tiny",
             "format": format_,
-            "consumer": export.CONSUMERS[format_],
+            "consumer": FORMATS[format_].consumers[0],
             "max_kl": BOUNDS[format_],
             "timeout_s": 120,
             **changes,
@@ -82,7 +83,7 @@ def export_case(format_, **changes):
 
 @pytest.fixture
 def context(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "ensure_trained", lambda case, context: tiny[1])
+    monkeypatch.setattr(export_source, "ensure_trained", lambda case, context: tiny[1])
     return SameProcess(
         run_dir=tmp_path / "run",
         facts=FACTS,
@@ -100,10 +101,12 @@ def failed(result):
 def test_a_correct_export_passes(context, format_):
     result = export.run(export_case(format_), context)
     assert result.verdict is Verdict.PASSED, result.reason
-    assert len(result.assertions) == 10
+    assert len(result.assertions) == (13 if format_ == "adapter" else 15)
     names = {m.name for m in result.measurements}
     assert {"KL, mean", "KL, largest", "top-1 agreement", "export size", "export time", "load time"} <= names
     assert "base16+adapter" in result.notices[0]
+    assert result.evidence["backend"]["device"] == "cpu"
+    assert (result.evidence["family"], result.evidence["format"]) == ("tiny", format_)
     assert result.evidence["canary"]["exported"].startswith(export_tiny.ANSWER)
     kept = context.run_dir / "cases" / f"export-tiny-{format_}" / format_
     assert kept.exists() is (format_ == "adapter")
@@ -165,13 +168,13 @@ def test_a_wrong_merge_is_caught(context, monkeypatch, format_, plant):
     plant(monkeypatch)
     result = export.run(export_case(format_), context)
     assert result.verdict is Verdict.FAILED
-    assert "mean KL" in failed(result)
+    assert {"mean KL", "distance of the weights from base and update"} <= failed(result)
 
 
 def test_a_lost_adapter_loses_the_canary(context, monkeypatch):
     plant_not_merged(monkeypatch)
     result = export.run(export_case("gguf_q8_0"), context)
-    assert "canary answer from the consumer" in failed(result)
+    assert {"canary answer from the consumer", "times that the update is in the weights"} <= failed(result)
     assert (context.run_dir / result.artifacts["export"]).exists(), "a failed export stays for whoever looks"
 
 
@@ -180,7 +183,7 @@ def test_a_wrong_pre_tokenizer_is_caught(context, monkeypatch, tmp_path, wrong_n
     base = export_tiny.save_base(tmp_path / "base", pre="gpt-2")
     adapter = export_tiny.save_adapter(base, tmp_path / "lora", steps=80)
     context.cases["train/tiny"] = train_case(base)
-    monkeypatch.setattr(export, "ensure_trained", lambda case, context: adapter)
+    monkeypatch.setattr(export_source, "ensure_trained", lambda case, context: adapter)
     assert export.run(export_case("gguf_f16"), context).verdict is Verdict.PASSED
     monkeypatch.setattr(gguf_module, "pre_tokenizer", lambda definition: wrong_name)
     result = export.run(export_case("gguf_f16"), context)
@@ -251,17 +254,26 @@ def test_a_truncated_file_is_caught(context, monkeypatch, format_):
     monkeypatch.setattr(f"sparktune.export.{name}", truncated)
     result = export.run(export_case(format_), context)
     assert result.verdict is Verdict.FAILED
-    assert "consume raised" in result.reason
+    assert failed(result) == {"files that are not whole"}
 
 
-def test_an_engine_that_refuses_fails_the_case(context, monkeypatch, tiny):
+def test_a_family_that_has_no_such_format_skips_with_its_reason(context, monkeypatch):
     def refuse(*args):
-        raise ExportError("There is no such architecture.")
+        raise ExportError("llama.cpp can't convert it (NotImplementedError: Architecture 'X' not supported!).", "Merge it.")
+
+    monkeypatch.setattr("sparktune.export.export_gguf", refuse)
+    with pytest.raises(UserError, match="Architecture 'X'") as caught:
+        export.run(export_case("gguf_f16"), context)
+    assert caught.value.skip_class == ReasonClass.PLATFORM.value
+
+
+def test_an_export_that_goes_wrong_fails_the_case(context, monkeypatch):
+    def refuse(*args):
+        raise ExportError("The adapter's q_proj is not finite.")
 
     monkeypatch.setattr("sparktune.export.export_gguf", refuse)
     result = export.run(export_case("gguf_f16"), context)
-    assert result.verdict is Verdict.FAILED and "no such architecture" in result.reason
-    assert "write" in result.reason
+    assert result.verdict is Verdict.FAILED and "not finite" in result.reason and "write" in result.reason
 
 
 def test_a_full_disk_skips_with_its_class(context, monkeypatch):
@@ -283,7 +295,7 @@ def test_a_source_that_did_not_pass_skips(context, monkeypatch):
     def upstream(case, context):
         raise UserError("The training case ended as failed.", skip_class=ReasonClass.UPSTREAM.value)
 
-    monkeypatch.setattr(export, "ensure_trained", upstream)
+    monkeypatch.setattr(export_source, "ensure_trained", upstream)
     with pytest.raises(UserError) as caught:
         export.run(export_case("gguf_f16"), context)
     assert caught.value.skip_class == ReasonClass.UPSTREAM.value
@@ -295,6 +307,28 @@ def test_wrong_sources_and_consumers_are_told(context):
     assert "train/tiny" in caught.value.fix
     with pytest.raises(UserError, match="does not read gguf_f16"):
         export.run(export_case("gguf_f16", consumer="peft"), context)
+
+
+def test_a_tiny_source_is_taught_once_and_needs_no_training(context, monkeypatch):
+    phases = []
+    spawn = SameProcess.spawn
+    monkeypatch.setattr(
+        SameProcess, "spawn", lambda self, entry, *a, **k: phases.append(k["phase"]) or spawn(self, entry, *a, **k)
+    )
+    for format_ in ("adapter", "merged_16bit"):
+        result = export.run(export_case(format_, source="tiny:qwen3@256", max_kl=5e-3), context)
+        assert result.verdict is Verdict.PASSED, result.reason
+        assert result.evidence["family"] == "qwen3"
+    assert phases == ["teach", "write", "reference", "consume", "write", "consume"]
+
+
+def test_a_wrong_width_and_a_missing_bound_are_told(context):
+    with pytest.raises(UserError, match="no tiny model 100 wide"):
+        export.run(export_case("adapter", source="tiny:qwen3@100"), context)
+    with pytest.raises(ValueError, match="no bound for the format gguf_f16"):
+        export_case("gguf_f16", max_kl={"gguf_q8_0": 1.0})
+    with pytest.raises(ValueError, match="above 0"):
+        export_case("gguf_f16", max_kl=0.0)
 
 
 def test_the_reference_is_made_once(context, monkeypatch):

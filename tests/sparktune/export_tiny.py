@@ -76,7 +76,7 @@ def save_base(folder: Path, pre: str = "smollm", shard: str = "50GB", **changes:
             "tie_word_embeddings": True,
             "bos_token_id": 1,
             "eos_token_id": 2,
-            "pad_token_id": 2,
+            "pad_token_id": 0,  # not the stop: transformers starts the padding row at zero, and a tied head could not say it
             **changes,
         }
     )

@@ -3,6 +3,7 @@
 Nothing is downloaded. `tiny:llama` names a LlamaForCausalLM of two layers with what its family is known for (grouped queries,
 a window, soft caps, experts, latent attention ...). Weights are seeded and stored in bf16, so that the folder is a 16-bit base
 like any other; they are drawn wide enough for LoRA to steer a frozen, random head within some tens of steps.
+`tiny:llama@256` is the same with rows of 256 everywhere: what llama.cpp's K-quants, which store 256 weights at a time, need.
 
 The tokenizer is SmolLM2's, cut to its first 1,024 tokens (those are its special tokens, the 256 bytes and the most frequent
 merges): real byte-level BPE with a real chat template, and logits that a CPU makes in no time.
@@ -34,6 +35,9 @@ LATENT: dict[str, Any] = {
     "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
     "first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 32,
 }  # fmt: skip
+WIDE = 256  # weights in a super-block of llama.cpp's K-quants
+SCALED = ("intermediate_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank", "hidden_size")
+HEADS = ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "query_pre_attn_scalar")
 YARN: dict[str, Any] = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
     "original_max_position_embeddings": 64,
@@ -89,43 +93,60 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny(name: str, cache_dir: Path) -> Pretrained:
-    """The folder of `tiny:<family>`, made on first use (seconds). Errors: UserError for an unknown family."""
-    family = name.removeprefix(PREFIX)
+    """The folder of `tiny:<family>` or `tiny:<family>@256`, made on first use (seconds).
+
+    Errors: UserError for an unknown family or width.
+    """
+    family, _, width = name.removeprefix(PREFIX).partition("@")
     if family not in FAMILIES:
         raise UserError(f"There is no tiny model of '{family}'.", f"There is one of: {', '.join(FAMILIES)}.")
+    if width not in ("", str(WIDE)):
+        raise UserError(f"There is no tiny model {width} wide.", f"Write tiny:{family}, or tiny:{family}@{WIDE}.")
     import transformers
 
-    recipe = [LAYOUT, VOCABULARY, SEED, COMMON, FAMILIES[family], transformers.__version__]
+    recipe = [LAYOUT, VOCABULARY, SEED, FAMILIES[family][0], recipe_of(family, bool(width)), transformers.__version__]
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     models = cache_dir / "models"
-    folder = models / f"tiny-{family}-{digest[:16]}"
+    folder = models / f"tiny-{family}{width and f'-{width}'}-{digest[:16]}"
     models.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             partial = Path(f"{folder}.part")
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             try:
-                make(family, partial)
+                make(family, partial, bool(width))
                 partial.rename(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return Pretrained(folder, name, digest, "none: random weights", "tiny")
 
 
-def make(family: str, out: Path) -> None:
+def recipe_of(family: str, wide: bool) -> dict[str, Any]:
+    """The configuration of a family's tiny model; `wide` makes every row of a weight a multiple of 256 long."""
+    recipe = {**COMMON, **FAMILIES[family][1]}
+    if wide:
+        recipe |= {key: WIDE for key in SCALED if key in recipe} | {key: WIDE // 4 for key in HEADS if key in recipe}
+        recipe["initializer_range"] *= 0.5  # four times as many terms in each sum: the same spread
+    return recipe
+
+
+def make(family: str, out: Path, wide: bool = False) -> None:
     """Write the model and its tokenizer to `out` as `from_pretrained` wants them."""
     import torch
     import transformers
 
     tokenizer = make_tokenizer()
-    kind, changes = FAMILIES[family]
+    kind = FAMILIES[family][0]
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = getattr(transformers, kind)(**{**COMMON, **changes, **ids, "vocab_size": len(tokenizer)})
+    config = getattr(transformers, kind)(**{**recipe_of(family, wide), **ids, "vocab_size": len(tokenizer)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for parameter in model.parameters():  # norms at 1 and biases at 0 would hide a wrong one
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
+        if wide:  # transformers starts the padding's row at zero, and SmolLM2's padding is its stop: a tied head must say it
+            row = model.get_input_embeddings().weight.data[tokenizer.pad_token_id]
+            row.normal_(std=config.initializer_range)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 

@@ -42,14 +42,16 @@ class Context:
         phase: str,
         timeout_s: float,
         env: dict[str, str] | None = None,
+        python: str = sys.executable,
     ) -> Outcome:
         """Run `module:function` with `payload` in a fresh process under the timeout and the memory watchdog.
 
         The function takes the payload and returns a dict that JSON can carry. Output goes to
-        `<case_dir>/<phase>.log`; `Outcome` says how it ended. See `sparkproof.runners.child`.
+        `<case_dir>/<phase>.log`; `Outcome` says how it ended. See `sparkproof.runners.child`. `python` is another
+        environment's, which must find this package.
         """
         return run_process(
-            [sys.executable, "-m", "sparkproof.runners.child", entry],
+            [python, "-m", "sparkproof.runners.child", entry],
             payload,
             work_dir=self.case_dir(case),
             phase=phase,

@@ -1,9 +1,9 @@
 """Runner of `export` cases: write, load with the real consumer, compare with the reference, each in a fresh process.
 
-    (train)     the adapter of the case named in `source`, trained now if this run has not done so
-    write       adapter, merged folder or GGUF, out of the 16-bit base and the adapter
-    reference   base16+adapter or base4+adapter in transformers and PEFT; once a run for all cases of one adapter
-    consume     transformers, PEFT or llama.cpp loads what was written and answers the same questions
+    teach, (train)  the adapter: of the case named in `source`, trained now if this run has not done so, or a tiny model's
+    write           adapter, merged folder, GGUF ..., out of the 16-bit base and the adapter; and a look into the file
+    reference       base16+adapter or base4+adapter in transformers and PEFT; once a run for all cases of one adapter
+    consume         transformers, PEFT, llama.cpp, vLLM or Ollama loads what was written and answers the same questions
 
 `sparkproof.runners.export_judge` judges what they return. Merged folders and GGUF files are large and made again in
 seconds, so a case that passed removes them; after a failure they stay for whoever looks.
@@ -12,7 +12,6 @@ seconds, so a case that passed removes them; after a failure they stay for whoev
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -24,18 +23,15 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from sparkproof.catalog import nearest
 from sparkproof.errors import UserError
-from sparkproof.results import Assertion, CaseResult, ReasonClass, Verdict
-from sparkproof.runners import export_account, export_judge
+from sparkproof.results import Assertion, CaseResult, Verdict
+from sparkproof.runners import export_account, export_consumers, export_judge, export_source
 from sparkproof.runners.base import Context
+from sparkproof.runners.export_source import Source
 from sparkproof.runners.process import Outcome
-from sparkproof.runners.train import ensure_trained
-from sparkproof.scenario import Case, ExportScenario, TrainScenario
+from sparkproof.scenario import Case, ExportScenario
 
 CHILD = "sparkproof.runners.export_child"
-CONSUMERS = {"adapter": "peft", "merged_16bit": "transformers", "gguf_f16": "llama.cpp", "gguf_q8_0": "llama.cpp"}
-PACKAGES = {"peft": ("peft",), "transformers": ("transformers",), "llama.cpp": ("gguf", "xllamacpp")}
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRITON_INTERPRET": "0"}
 OFFLINE = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1"}  # what is compared lies on this disk
 
@@ -51,13 +47,11 @@ class PhaseFailed(Exception):
 
 @dataclass
 class Export:
-    """One case: its adapter, its folder, and the time left."""
+    """One case: its folder and the time left."""
 
     case: Case
     context: Context
     scenario: ExportScenario
-    source: TrainScenario
-    adapter: Path
     deadline: float
 
     @property
@@ -71,8 +65,10 @@ class Export:
         gguf = self.scenario.format.startswith("gguf_")
         return self.folder / (f"{self.scenario.format}.gguf" if gguf else self.scenario.format)
 
-    def phase(self, name: str, payload: dict[str, Any], env: dict[str, str] = OFFLINE) -> dict[str, Any]:
-        """Run one phase; raise PhaseFailed, or the UserError that it met."""
+    def phase(
+        self, name: str, payload: dict[str, Any], env: dict[str, str] = OFFLINE, **other: Any
+    ) -> dict[str, Any]:
+        """Run one phase; raise PhaseFailed, or the UserError that it met. `other` goes to `Context.spawn`."""
         outcome = self.context.spawn(
             f"{CHILD}:{name}",
             payload,
@@ -80,6 +76,7 @@ class Export:
             phase=name,
             timeout_s=max(1.0, self.deadline - time.monotonic()),
             env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(half_the_cores()), **env},
+            **other,
         )
         if outcome.status != "ok":
             raise PhaseFailed(name, outcome)
@@ -88,18 +85,17 @@ class Export:
             raise UserError(e["message"], e["fix"], skip_class=e["skip_class"])
         return outcome.result
 
-    def reference(self, base: str) -> tuple[np.ndarray, dict[str, Any], Path]:
+    def reference(self, source: Source, base: str) -> tuple[np.ndarray, dict[str, Any], Path]:
         """The reference's distributions, its questions and answers, and where they lie; made once a run."""
-        gate = self.source.gate
         payload = {
             "base": base,
-            "adapter": str(self.adapter),
+            "adapter": str(source.adapter),
             "reference": self.scenario.reference,
             "prompts": self.scenario.prompts,
-            "canary_prompt": gate.canary_prompt,
-            "canary_answer": gate.canary_answer,
+            "canary_prompt": source.canary_prompt,
+            "canary_answer": source.canary_answer,
         }
-        with (self.adapter / "adapter_model.safetensors").open("rb") as f:
+        with (source.adapter / "adapter_model.safetensors").open("rb") as f:
             weights = hashlib.file_digest(f, "sha256").hexdigest()
         key = hashlib.sha256(json.dumps([payload, weights]).encode()).hexdigest()[:16]
         stem = self.context.run_dir / "cases" / f"export-reference-{key}"
@@ -113,23 +109,18 @@ class Export:
 def run(case: Case, context: Context) -> CaseResult:
     """Export, consume and judge. Errors: UserError for a wrong source, or one that did not pass (skipped)."""
     assert isinstance(case.scenario, ExportScenario)
-    lacking = missing_packages(case.scenario)
-    if lacking:
+    lacking = export_consumers.lacking(case.scenario, context.cache_dir)
+    if lacking is not None:
         return CaseResult(
-            name=case.name,
-            kind=case.kind,
-            verdict=Verdict.SKIPPED,
-            reason_class=ReasonClass.SOFTWARE,
-            reason=f"The consumer {case.scenario.consumer} needs {', '.join(lacking)}, which is not installed.",
-            next_step=f"pip install {' '.join(lacking)}",
-        )
-    source = find_source(case, context)
-    assert isinstance(source.scenario, TrainScenario)
-    adapter = ensure_trained(source, context)
-    deadline = time.monotonic() + case.scenario.timeout_s
-    export = Export(case, context, case.scenario, source.scenario, adapter, deadline)
+            name=case.name, kind=case.kind, verdict=Verdict.SKIPPED, reason_class=lacking.reason_class,
+            reason=lacking.sentence, next_step=lacking.fix, evidence=export_account.place(case.scenario),
+        )  # fmt: skip
+    export_source.check(case, context)
+    export = Export(case, context, case.scenario, time.monotonic() + case.scenario.timeout_s)
     try:
-        return _export_and_judge(export)
+        source = export_source.get(case, context, export.phase)
+        export.deadline = time.monotonic() + case.scenario.timeout_s  # training has a time of its own
+        return _export_and_judge(export, source)
     except PhaseFailed as failure:
         return _failed(case, failure)
 
@@ -139,31 +130,7 @@ def half_the_cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def missing_packages(scenario: ExportScenario) -> list[str]:
-    """Packages that writing or reading this export needs and that are not installed."""
-    needed = [*PACKAGES[scenario.consumer], *(("gguf",) if scenario.format.startswith("gguf_") else ())]
-    return [name for name in dict.fromkeys(needed) if importlib.util.find_spec(name) is None]
-
-
-def find_source(case: Case, context: Context) -> Case:
-    """The train case that `source` names. Errors: UserError when there is none or consumer and format don't match."""
-    scenario = case.scenario
-    assert isinstance(scenario, ExportScenario)
-    if CONSUMERS[scenario.format] != scenario.consumer:
-        raise UserError(
-            f"{scenario.consumer} does not read {scenario.format}.",
-            f"Write `consumer: {CONSUMERS[scenario.format]}` in {case.file}.",
-        )
-    source = context.cases.get(scenario.source)
-    if source is None or source.kind != "train":
-        known = [name for name, c in context.cases.items() if c.kind == "train"]
-        raise UserError(
-            f"{case.file} exports '{scenario.source}', which is no train case.", nearest(scenario.source, known)
-        )
-    return source
-
-
-def _export_and_judge(e: Export) -> CaseResult:
+def _export_and_judge(e: Export, source: Source) -> CaseResult:
     scenario = e.scenario
     if e.out.is_dir():  # of an earlier try in this run
         shutil.rmtree(e.out)
@@ -171,40 +138,39 @@ def _export_and_judge(e: Export) -> CaseResult:
     written = e.phase(
         "write",
         {
-            "model": e.source.model,
-            "revision": e.source.revision,
-            "model_dir": e.source.model_dir,
+            "model": source.model,
+            "revision": source.revision,
+            "model_dir": source.model_dir,
             "cache_dir": str(e.context.cache_dir),
-            "adapter": str(e.adapter),
+            "adapter": str(source.adapter),
             "format": scenario.format,
             "out": str(e.out),
         },
         ENVIRONMENT,
     )
     base = written["base"]["path"]
-    reference, questions, questions_file = e.reference(base)
-    rows = e.folder / "consumed.npy"
-    seen = e.phase(
-        "consume",
-        {
-            "consumer": scenario.consumer,
-            "path": str(e.out),
-            "base": base,
-            "questions": str(questions_file),
-            "probabilities": str(rows),
-        },
-    )
-    exported = np.load(rows)
-    rows.unlink()
-    seen |= {
-        "expected_parameters": written["expected"]["parameters"],
-        "expected_type": written["expected"]["type"],
-        "canary_answer": e.source.gate.canary_answer,
-    }
+    reference, questions, questions_file = e.reference(source, base)
+    seen = {
+        "file": written["file"], "weights": written["weights"], "answers": None, "canary_answer": source.canary_answer,
+        "expected_parameters": written["expected"]["parameters"], "expected_type": written["expected"]["type"],
+        "bos": questions["bos"],
+    }  # fmt: skip
+    exported = np.empty((0, reference.shape[-1]), dtype=np.float32)
+    if not written["file"]["broken"]:
+        rows = e.folder / "consumed.npy"
+        asked = {
+            "consumer": scenario.consumer, "path": str(e.out), "base": base, "questions": str(questions_file),
+            "probabilities": str(rows), "format": scenario.format,
+        }  # fmt: skip
+        with export_consumers.surroundings(scenario.consumer, e.context.cache_dir) as (env, other):
+            seen |= e.phase("consume", asked, {**OFFLINE, **env}, **other)
+        exported = np.load(rows)
+        rows.unlink()
     assertions = export_judge.judge(scenario, reference, exported, questions, seen)
     verdict, reason = CaseResult.decide(assertions)
     if verdict is Verdict.PASSED and scenario.format != "adapter":
         shutil.rmtree(e.out) if e.out.is_dir() else e.out.unlink()
+    device = seen.get("device", "cpu")
     return CaseResult(
         name=e.case.name,
         kind="export",
@@ -215,13 +181,14 @@ def _export_and_judge(e: Export) -> CaseResult:
         measurements=export_account.measurements(scenario, reference, exported, written, seen, questions),
         notices=[export_account.reference_sentence(scenario.reference)],
         evidence=export_account.evidence(scenario, reference, exported, questions, written, seen),
-        mode="gpu" if questions["device"] == "cuda" and scenario.consumer != "llama.cpp" else "host",
+        mode="gpu" if device == "cuda" else "host",
         artifacts={"export": str(e.out.relative_to(e.context.run_dir))} if e.out.exists() else {},
     )
 
 
 def _failed(case: Case, failure: PhaseFailed) -> CaseResult:
     """A phase that ended without a result: the device's fault if what is under test raised or died."""
+    assert isinstance(case.scenario, ExportScenario)
     outcome = failure.outcome
     steps = {
         "memory": "Free memory, or export a smaller model here.",
@@ -234,6 +201,7 @@ def _failed(case: Case, failure: PhaseFailed) -> CaseResult:
         reason=str(failure),
         next_step=steps.get(outcome.status, f"Read the end of {outcome.log}."),
         assertions=[Assertion(name=f"the process '{failure.phase}' gives a result", passed=False, detail=str(failure))],
+        evidence=export_account.place(case.scenario),
         output_tail=outcome.output_tail,
         traceback=outcome.traceback,
     )

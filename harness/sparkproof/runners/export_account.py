@@ -11,6 +11,11 @@ from sparkproof.runners import export_judge
 from sparkproof.scenario import ExportScenario
 
 
+def place(scenario: ExportScenario) -> dict[str, str]:
+    """Where a case stands in the table of formats, consumers and families."""
+    return {"family": scenario.family, "format": scenario.format, "consumer": scenario.consumer}
+
+
 def reference_sentence(name: str) -> str:
     """What the export was compared with, for a reader."""
     return f"Compared with {name}: {REFERENCES[name]}."
@@ -31,9 +36,10 @@ def measurements(
     questions: dict[str, Any],
 ) -> list[Measurement]:
     """Divergence, agreement, size and times. A generation too short to time gives none."""
-    where = {"consumer": scenario.consumer, "device": questions["device"], "reference": scenario.reference}
+    device = seen.get("device", "cpu")
+    where = {"consumer": scenario.consumer, "device": device, "reference": scenario.reference}
     found = []
-    if reference.shape == exported.shape:
+    if seen["answers"] is not None and reference.shape == exported.shape:
         values = [float(v) for v in export_judge.kl(reference, exported) if np.isfinite(v)]
         agree, clear = export_judge.agreement(reference, exported, scenario.clear_margin)
         if values:
@@ -47,8 +53,10 @@ def measurements(
     found += [
         _measured("export size", seen["file"]["bytes"] / 2**20, "MiB", False, where),
         _measured("export time", written["exported"]["seconds"], "s", False, where),
-        _measured("load time", answers["load_s"], "s", False, where),
     ]
+    if answers is None:
+        return found
+    found.append(_measured("load time", answers["load_s"], "s", False, where))
     if answers["tokens_per_s"] > 0:
         found.append(_measured("generation", answers["tokens_per_s"], "tokens/s", True, where))
     return found
@@ -75,11 +83,12 @@ def evidence(
     start = 0
     for sequence in questions["sequences"]:
         end = start + len(sequence["positions"])
-        if reference.shape == exported.shape:
+        if seen["answers"] is not None and reference.shape == exported.shape:
             value = float(export_judge.kl(reference[start:end], exported[start:end]).mean())
             texts.append({"text": sequence["text"], "positions": end - start, "kl_nats": export_judge.number(value)})
         start = end
     return {
+        **place(scenario),
         "source": scenario.source,
         "reference": scenario.reference,
         "base": written["base"],
@@ -88,10 +97,12 @@ def evidence(
         "canary": {
             "prompt": questions["canary_prompt"],
             "reference": questions["answers"]["canary"],
-            "exported": seen["answers"]["canary"],
+            "exported": (seen["answers"] or {}).get("canary", ""),
         },
+        "weights": seen["weights"] or {},
         "metadata": seen["file"]["metadata"],
-        "versions": seen["versions"],
+        "backend": seen.get("backend", {}),
+        "versions": seen.get("versions", {}),
     }
 
 
@@ -105,6 +116,11 @@ def next_step(assertions: list[Assertion]) -> str:
 
 _OFF = "Compare the formats of this run: if all are off, the merge is wrong; if one is, its writer or consumer."
 HINTS = {
+    "files that": "The export was cut short or copied in part: export again, and compare sizes.",
+    "times that": "The adapter was merged more than once, not at all, or at another scale than alpha / r.",
+    "distance of": "Weights differ from base + update beyond rounding: see what the evidence says they look like.",
+    "generation ends": "The stop tokens were lost: compare eos_token_id in generation_config.json, or the GGUF's.",
+    "conversations fed": "The consumer adds or drops special tokens: look at add_bos_token and at the template's beginning.",
     "tensors of": "Look at the types with `gguf-dump FILE` or in the safetensors headers: not what was asked for.",
     "parameters": "The file lacks tensors or rows: compare its tensors with the base's.",
     "file size": "Export again with enough disk space.",

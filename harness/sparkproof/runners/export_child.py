@@ -1,4 +1,7 @@
-"""The phases of an export case, each the entry of a fresh process: `write`, `reference`, `consume`. None judges."""
+"""The phases of an export case, each the entry of a fresh process: `teach`, `write`, `reference`, `consume`. None judges.
+
+`consume` also runs in vLLM's own environment, so it imports nothing there but the consumer's own module.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +10,66 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparkproof.engines.pretrained import resolve
 from sparkproof.errors import UserError
 from sparkproof.results import ReasonClass
 from sparkproof.runners.child import progress, under_test, write_json
-from sparkproof.runners.export_files import inspect
-from sparkproof.runners.export_probe import Model, ask, sequences
+from sparkproof.runners.export_probe import Model, Unloadable, ask, sequences
 
-EXTRA_TOKENS = 3  # room after the canary's answer, as in training
+EXTRA_TOKENS = 12  # room after the canary's answer for the stop token
+
+
+def teach(payload: dict[str, Any]) -> dict[str, Any]:
+    """A tiny model that knows one answer. Keys: model, cache_dir, out (the adapter's folder)."""
+    from sparkproof.engines.pretrained import resolve
+    from sparkproof.runners.export_teach import teach as taught
+
+    try:
+        base = resolve(payload["model"], "", Path(payload["cache_dir"]))
+    except UserError as error:
+        return _user_error(error)
+    progress(f"teaching {base.name} an answer")
+    out = Path(payload["out"])
+    found = taught(base.path, out)
+    write_json(out / "taught.json", {**found, "base": base.to_json()})
+    return found
 
 
 def write(payload: dict[str, Any]) -> dict[str, Any]:
-    """Export the adapter in the scenario's format.
+    """Export the adapter in the scenario's format, and look into what was written.
 
     Keys: model, revision, model_dir (optional), cache_dir, adapter, format, out.
     """
-    from sparktune.export import NoSpaceError, export_adapter, export_gguf, export_merged
+    from sparktune.export import ExportError, NoSpaceError
 
+    from sparkproof.engines.pretrained import resolve
+    from sparkproof.runners import export_weights, export_write
+    from sparkproof.runners.export_files import inspect
+
+    format_, adapter, out = payload["format"], Path(payload["adapter"]), Path(payload["out"])
     try:
         base = resolve(payload["model"], payload["revision"], Path(payload["cache_dir"]), payload.get("model_dir", ""))
-        adapter, out = Path(payload["adapter"]), Path(payload["out"])
-        progress(f"exporting {payload['format']}")
-        with under_test(f"exporting {payload['format']}"):
-            match payload["format"]:
-                case "adapter":
-                    done = export_adapter(base.path, adapter, out, base.name)
-                case "merged_16bit":
-                    done = export_merged(base.path, adapter, out)
-                case "gguf_f16":
-                    done = export_gguf(base.path, out, "f16", adapter, f"{base.name} fine-tuned")
-                case "gguf_q8_0":
-                    done = export_gguf(base.path, out, "q8_0", adapter, f"{base.name} fine-tuned")
-                case other:
-                    raise ValueError(f"unknown format {other}")
+        progress(f"exporting {format_}")
+        with under_test(f"exporting {format_}"):
+            done = export_write.write(format_, base.path, base.name, adapter, out)
     except UserError as error:
         return _user_error(error)
     except NoSpaceError as error:
         return _user_error(UserError(error.message, error.fix, skip_class=ReasonClass.DISK.value))
-    with under_test("reading the base's headers"):
-        expected = _expected(payload["format"], base.path, adapter)
-    return {"exported": done.to_json(), "base": base.to_json(), "expected": expected}
+    except ExportError as error:
+        if export_write.unsupported(error):
+            return _user_error(UserError(error.message, error.fix, skip_class=ReasonClass.PLATFORM.value))
+        raise
+    with under_test("reading what was exported"):
+        stored = inspect(base.path)
+        expected = export_write.expected(format_, stored, inspect(adapter)["parameters"])
+        progress("reading the exported weights")
+        file = inspect(export_write.weights_of(out))
+        weights = None
+        if export_write.comparable(format_) and not file["broken"]:
+            weights = export_weights.measure(export_write.weights_of(out), base.path, adapter, format_)
+    return {
+        "exported": done, "base": base.to_json(), "expected": expected, "file": file, "weights": weights,
+    }  # fmt: skip
 
 
 def reference(payload: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +92,7 @@ def reference(payload: dict[str, Any]) -> dict[str, Any]:
         "canary_prompt": canary[0],
         "canary_tokens": len(model.tokenizer(canary[1])["input_ids"]) + EXTRA_TOKENS,
         "vocabulary": model.vocabulary,
+        "bos": model.tokenizer.bos_token_id,
     }
     with under_test("the reference's answers"):
         rows, answers = ask(model, questions, model.vocabulary, progress)
@@ -80,45 +104,60 @@ def reference(payload: dict[str, Any]) -> dict[str, Any]:
 def consume(payload: dict[str, Any]) -> dict[str, Any]:
     """Load the export with its real consumer and put the questions to it.
 
-    Keys: consumer, path, base, questions, probabilities.
+    Keys: consumer, path, base, format, questions, probabilities.
     """
     import numpy as np
 
     questions = json.loads(Path(payload["questions"]).read_text(encoding="utf-8"))
-    path = Path(payload["path"])
-    with under_test("reading the exported file"):
-        contents = inspect(path)
-    progress(f"loading with {payload['consumer']}")
-    with under_test(f"loading with {payload['consumer']}"):
-        model = _load(payload["consumer"], path, Path(payload["base"]))
-    with under_test(f"answers of {payload['consumer']}"):
+    consumer = payload["consumer"]
+    progress(f"loading with {consumer}")
+    try:
+        with under_test(f"loading with {consumer}"):
+            model = load(consumer, Path(payload["path"]), Path(payload["base"]), payload["format"])
+    except Unloadable as error:
+        return _user_error(
+            UserError(f"{consumer} can't load this model: {error}", skip_class=ReasonClass.PLATFORM.value)
+        )
+    with under_test(f"answers of {consumer}"):
         rows, answers = ask(model, questions, questions["vocabulary"], progress)
+        backend = model.backend()
         model.close()
     np.save(payload["probabilities"], rows)
-    return {"answers": answers, "file": contents, "versions": _versions(payload["consumer"])}
+    return {"answers": answers, "versions": versions(consumer), "backend": backend, "device": backend["device"]}
 
 
-def _load(consumer: str, path: Path, base: Path) -> Model:
-    if consumer == "llama.cpp":
-        from sparkproof.runners.export_llamacpp import LlamaCppModel
+def load(consumer: str, path: Path, base: Path, format_: str) -> Model:
+    """The consumer with the export in it. Errors: Unloadable where it does not know the architecture."""
+    match consumer:
+        case "llama.cpp":
+            from sparkproof.runners.export_llamacpp import LlamaCppModel
 
-        return LlamaCppModel(path)
-    from sparkproof.runners.export_hf import HfModel
+            return LlamaCppModel(path)
+        case "vllm":
+            from sparkproof.runners.export_vllm import VllmModel
 
-    return HfModel(base, path) if consumer == "peft" else HfModel(path)
+            return VllmModel(base, path) if format_ == "adapter" else VllmModel(path)
+        case "peft" | "transformers":
+            from sparkproof.runners.export_hf import HfModel
 
-
-def _expected(format_: str, base: Path, adapter: Path) -> dict[str, Any]:
-    """Parameters of what was exported, and the base's 16-bit type, read from the sources' own headers."""
-    stored = inspect(base)
-    kinds = {t["type"] for t in stored["tensors"].values()}
-    parameters = inspect(adapter)["parameters"] if format_ == "adapter" else stored["parameters"]
-    return {"parameters": parameters, "type": "F16" if kinds == {"F16"} else "BF16"}
+            return HfModel(base, path) if consumer == "peft" else HfModel(path)
+    raise ValueError(f"no distributions come from {consumer}")
 
 
-def _versions(consumer: str) -> dict[str, str]:
-    names = {"llama.cpp": ["xllamacpp", "gguf"], "peft": ["peft", "transformers", "torch"]}
-    return {name: importlib.metadata.version(name) for name in names.get(consumer, ["transformers", "torch"])}
+def versions(consumer: str) -> dict[str, str]:
+    """Of what read the export."""
+    names = {
+        "llama.cpp": ["xllamacpp", "gguf"], "peft": ["peft", "transformers", "torch"],
+        "vllm": ["vllm", "transformers", "torch"],
+    }  # fmt: skip
+    found = {}
+    for name in names.get(consumer, ["transformers", "torch"]):
+        for known in (name, f"{name}-cpu"):  # vLLM's CPU build has a name of its own
+            try:
+                found[known] = importlib.metadata.version(known)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return found
 
 
 def _user_error(error: UserError) -> dict[str, Any]:

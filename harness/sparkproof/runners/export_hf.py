@@ -12,6 +12,8 @@ from typing import Any
 
 from numpy import ndarray
 
+from sparkproof.runners.export_probe import Said, chat_ids
+
 
 class HfModel:
     """A causal language model of transformers in evaluation mode."""
@@ -73,11 +75,14 @@ class HfModel:
         """The chat template's text."""
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-    def generate(self, prompt: str, max_tokens: int) -> tuple[str, float]:
-        """Greedy answer through the chat template."""
-        import torch
+    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids as `apply_chat_template` gives them."""
+        found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return [int(i) for i in found]
 
-        from sparkproof.runners.export_probe import chat_ids
+    def generate(self, prompt: str, max_tokens: int) -> Said:
+        """Greedy answer through the chat template; the stop tokens are the generation config's."""
+        import torch
 
         ids = torch.tensor([chat_ids(self.tokenizer, prompt)], device=self.device)
         start = time.perf_counter()
@@ -90,7 +95,23 @@ class HfModel:
                 pad_token_id=self.tokenizer.pad_token_id,
             )
         made = out[0, ids.shape[1] :]
-        return str(self.tokenizer.decode(made, skip_special_tokens=True)), len(made) / (time.perf_counter() - start)
+        stops = self.model.generation_config.eos_token_id
+        stopped = int(made[-1]) in (stops if isinstance(stops, list) else [stops])
+        speed = len(made) / (time.perf_counter() - start)
+        return Said(str(self.tokenizer.decode(made, skip_special_tokens=True)), speed, stopped)
+
+    def backend(self) -> dict[str, str]:
+        """Where the parameters lie, and which attention and linear kernels a recorded forward ran."""
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device == "cuda" else [])]
+        with torch.no_grad(), profile(activities=activities) as recorded:
+            self.model(input_ids=torch.tensor([[1, 2, 3]], device=self.device))
+        names = [e.key for e in recorded.key_averages()]
+        kernels = [n for n in names if any(word in n.lower() for word in ("addmm", "::mm", "gemm", "attention", "mkldnn"))]
+        placed = sorted({str(p.device) for p in self.model.parameters()})
+        return {"device": self.device, "parameters": ", ".join(placed), "kernels": ", ".join(sorted(kernels)[:8])}
 
     def close(self) -> None:
         """Nothing was started."""

@@ -16,40 +16,77 @@ positive number.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from numpy import ndarray
 
+from sparkproof.runners.export_probe import Said, Unloadable
+
 LOWEST = -103.28
 TIMEOUT_S = 120
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[Callable[[], list[str]]]:
+    """A function that gives the lines which native code has written to standard error since; they go there afterwards too."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+
+        def lines() -> list[str]:
+            file.seek(0)
+            return file.read().decode(errors="replace").splitlines()
+
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            sys.stderr.write("\n".join(lines()) + "\n")
 
 
 class LlamaCppModel:
     """One GGUF in llama.cpp's server."""
 
-    def __init__(self, file: Path) -> None:
-        """Load `file` on the CPU; xllamacpp raises when llama.cpp refuses it."""
+    def __init__(self, file: Path, gpu_layers: int = 0, context: int = 1024) -> None:
+        """Load `file`, with `gpu_layers` of its layers on a GPU if this build can (-1: all).
+
+        Errors: Unloadable for an architecture that llama.cpp does not know; RuntimeError with its words for anything else.
+        """
         import xllamacpp
 
         start = time.perf_counter()
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
-        params.n_ctx = 1024
+        params.n_ctx = context
         params.n_parallel = 1
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = gpu_layers
         params.warmup = False
-        params.verbosity = 0
+        params.verbosity = 4  # says into which buffers the weights went
         cores = len(os.sched_getaffinity(0))
         params.cpuparams.n_threads = max(1, cores // 2)  # its threads spin while they wait: leave room for the reader
         params.cpuparams_batch.n_threads = max(1, cores // 2)
-        self.server = xllamacpp.Server(params)
+        with _told() as log:
+            try:
+                self.server = xllamacpp.Server(params)
+            except RuntimeError as error:
+                said = "; ".join(line.partition(" E ")[2] for line in log() if " E " in line)
+                if "unknown model architecture" in said:
+                    raise Unloadable(said[:300]) from error
+                raise RuntimeError(f"llama.cpp refused the file: {said[:500] or error}") from error
+            self.told = log()
         self.url: str = self.server.listening_address
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # never through a proxy
         self.load_s = time.perf_counter() - start
@@ -99,7 +136,11 @@ class LlamaCppModel:
         """The embedded chat template, rendered by llama.cpp's own Jinja."""
         return str(self._call("/apply-template", {"messages": messages})["prompt"])
 
-    def generate(self, prompt: str, max_tokens: int) -> tuple[str, float]:
+    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids of the rendered conversation, as the chat endpoint makes them: it parses specials and may add a beginning."""
+        return self.tokenize(self.render(messages))
+
+    def generate(self, prompt: str, max_tokens: int) -> Said:
         """Greedy answer through `/v1/chat/completions`."""
         answer = self._call(
             "/v1/chat/completions",
@@ -107,7 +148,21 @@ class LlamaCppModel:
         )
         timings = answer.get("timings") or {}
         speed = timings.get("predicted_per_second", 0.0) if timings.get("predicted_n", 0) > 1 else 0.0
-        return str(answer["choices"][0]["message"]["content"]), float(speed)
+        choice = answer["choices"][0]
+        return Said(str(choice["message"]["content"]), float(speed), choice["finish_reason"] == "stop")
+
+    def backend(self) -> dict[str, str]:
+        """The devices that this build has, and the buffers into which llama.cpp says it put the weights."""
+        import xllamacpp
+
+        buffers = [line.partition("load_tensors:")[2].split() for line in self.told if "model buffer size" in line]
+        devices = [str(d["name"]) for d in xllamacpp.get_device_info()]
+        names = sorted({words[0] for words in buffers if words})
+        on_gpu = any(not name.startswith(("CPU", "AARCH64")) for name in names)
+        return {
+            "device": "gpu" if on_gpu else "cpu", "build's devices": ", ".join(devices), "weights in": ", ".join(names),
+            "instructions": str(xllamacpp.get_system_info()).strip()[:200],
+        }  # fmt: skip
 
     def close(self) -> None:
         """Stop the server."""

@@ -9,6 +9,7 @@ when the pre-tokenizer is wrong.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from numpy import ndarray
@@ -40,6 +41,19 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
 POSITIONS = 9  # of each text: a full distribution from a server costs 0.3 to 0.5 s
 
 
+@dataclass(frozen=True)
+class Said:
+    """A greedy answer."""
+
+    text: str
+    tokens_per_s: float  # 0 when too short to say
+    stopped: bool  # at a stop token, before the tokens ran out
+
+
+class Unloadable(Exception):
+    """The consumer says that it does not know this kind of model: a skip with its words, never a pass."""
+
+
 class Model(Protocol):
     """A loaded model, by whatever library."""
 
@@ -59,8 +73,16 @@ class Model(Protocol):
         """The chat template's text, ready for an answer."""
         ...
 
-    def generate(self, prompt: str, max_tokens: int) -> tuple[str, float]:
-        """Greedy answer to a user's message, and its tokens a second (0 when too short to say)."""
+    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids that the consumer itself feeds for a conversation."""
+        ...
+
+    def generate(self, prompt: str, max_tokens: int) -> Said:
+        """Greedy answer to a user's message."""
+        ...
+
+    def backend(self) -> dict[str, str]:
+        """What ran it, as the consumer itself tells: `device` (cpu or cuda), and its own proof."""
         ...
 
     def close(self) -> None:
@@ -111,12 +133,14 @@ def ask(model: Model, questions: dict[str, Any], vocabulary: int, tell: Any) -> 
         tell(f"distributions of text {number} of {len(questions['sequences'])}")
         rows.append(model.log_probabilities(sequence["ids"], sequence["positions"], vocabulary))
     tell("asking for the canary")
-    text, speed = model.generate(questions["canary_prompt"], questions["canary_tokens"])
+    said = model.generate(questions["canary_prompt"], questions["canary_tokens"])
     return np.concatenate(rows), {
         "ids": [model.tokenize(text) for text in HARD_STRINGS],
         "renders": [model.render(messages) for messages in CONVERSATIONS],
+        "chats": [model.chat_tokens(messages) for messages in CONVERSATIONS],
         "template": model.template,
-        "canary": text,
-        "tokens_per_s": speed,
+        "canary": said.text,
+        "stopped": said.stopped,
+        "tokens_per_s": said.tokens_per_s,
         "load_s": model.load_s,
     }

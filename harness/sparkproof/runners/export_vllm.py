@@ -1,0 +1,111 @@
+"""The consumer vLLM, in this process: its offline engine, over a merged folder or over the base with the adapter beside it.
+
+Runs in vLLM's own environment. `logprobs=-1` gives the whole vocabulary at each step, computed from the raw logits; a position
+is one request for one token, and the prefix cache makes each further position of a text cheap. On a CPU weights and arithmetic
+are fp32; on a GPU vLLM's kernels have no fp32 attention, so they are the model's own 16-bit type.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from numpy import ndarray
+
+from sparkproof.runners.export_probe import Said, Unloadable
+
+UNKNOWN = (  # how vLLM says that a model, or what it needs, is not for it or not for this backend
+    "are not supported for now",
+    "is not supported",
+    "does not support",
+    "No valid attention backend",
+    "not implemented",
+)
+CONTEXT = 512
+
+
+class VllmModel:
+    """One folder in vLLM."""
+
+    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
+        """Load `folder`, with LoRA's `adapter` on top if given. Errors: Unloadable, what vLLM raises."""
+        import torch
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        start = time.perf_counter()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        more: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 64, "max_loras": 1} if adapter else {}
+        try:
+            self.llm = LLM(
+                model=str(folder), tokenizer=str(adapter or folder), dtype="float32" if self.device == "cpu" else "auto",
+                max_model_len=CONTEXT, enforce_eager=True, max_logprobs=-1, logprobs_mode="raw_logprobs", max_num_seqs=2,
+                seed=0, **more,
+            )  # fmt: skip
+        except (ValueError, NotImplementedError, RuntimeError, AttributeError) as error:
+            said = " ".join(str(error).split())
+            if any(word in said for word in UNKNOWN):
+                raise Unloadable(said[:300]) from error
+            raise
+        self.lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
+        self.tokenizer = self.llm.get_tokenizer()
+        self.template: str = self.tokenizer.chat_template or ""
+        self.load_s = time.perf_counter() - start
+
+    def log_probabilities(self, ids: list[int], positions: list[int], vocabulary: int) -> ndarray:
+        """Every token's log-probability after each prefix."""
+        import numpy as np
+        from vllm import SamplingParams
+
+        wanted = SamplingParams(max_tokens=1, logprobs=-1, temperature=0.0, detokenize=False)
+        prompts = [{"prompt_token_ids": ids[: p + 1]} for p in positions]
+        rows = np.full((len(positions), vocabulary), np.nan, dtype=np.float32)
+        answers = self.llm.generate(prompts, wanted, lora_request=self.lora, use_tqdm=False)  # type: ignore[arg-type]
+        for row, answer in zip(rows, answers, strict=True):
+            for token, entry in answer.outputs[0].logprobs[0].items():  # type: ignore[index]
+                if token < vocabulary:
+                    row[token] = entry.logprob
+        return rows
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids as vLLM's tokenizer gives them for a text prompt."""
+        return [int(i) for i in self.tokenizer(text)["input_ids"]]
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The chat template's text, by the tokenizer that vLLM loaded."""
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        """The prompt's ids that `LLM.chat` itself made of the conversation."""
+        return list(self._chat(messages, 1).prompt_token_ids or [])
+
+    def generate(self, prompt: str, max_tokens: int) -> Said:
+        """Greedy answer through `LLM.chat`, which takes its stops from the model's generation config."""
+        start = time.perf_counter()
+        made = self._chat([{"role": "user", "content": prompt}], max_tokens).outputs[0]
+        speed = len(made.token_ids) / (time.perf_counter() - start)
+        return Said(made.text, speed, made.finish_reason == "stop")
+
+    def _chat(self, messages: list[dict[str, str]], max_tokens: int) -> Any:
+        from vllm import SamplingParams
+
+        wanted = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        return self.llm.chat(messages, wanted, lora_request=self.lora, use_tqdm=False)[0]  # type: ignore[arg-type]
+
+    def backend(self) -> dict[str, str]:
+        """What ran it: vLLM's platform and the attention backend that its layers hold."""
+        from vllm.platforms import current_platform
+
+        kinds = self.llm.apply_model(attention_backends)
+        return {
+            "device": self.device, "platform": type(current_platform).__name__, "attention": ", ".join(sorted(kinds[0])),
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
+
+def attention_backends(model: Any) -> set[str]:
+    """Classes of the attention implementations in a model."""
+    return {type(m.impl).__name__ for m in model.modules() if hasattr(m, "impl")}

@@ -1,0 +1,51 @@
+"""Each format's way through `sparktune.export`, and what the result must hold by its sources' own headers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+COMPARABLE = ("merged_16bit", "ollama")  # and every GGUF of a whole model
+UNKNOWN = ("architecture", "not supported", "not known")
+
+
+def write(format_: str, base: Path, name: str, adapter: Path, out: Path) -> dict[str, Any]:
+    """Export, and say what was written. Errors: ExportError."""
+    from sparktune import export
+
+    if format_ == "adapter":
+        done = export.export_adapter(base, adapter, out, name)
+    elif format_ == "merged_16bit":
+        done = export.export_merged(base, adapter, out)
+    elif format_.startswith("gguf_") and format_ != "gguf_lora":
+        done = export.export_gguf(base, out, format_.removeprefix("gguf_"), adapter, f"{name} fine-tuned")  # type: ignore[arg-type]
+    else:
+        raise ValueError(f"unknown format {format_}")
+    return done.to_json()
+
+
+def unsupported(error: Exception) -> bool:
+    """Whether an ExportError says that the family has no such format, rather than that something went wrong."""
+    return any(word in str(error) for word in ("The model's architecture is", "NotImplementedError"))
+
+
+def weights_of(out: Path) -> Path:
+    """The file or folder of an export that holds its tensors."""
+    inside = sorted(out.glob("*.gguf")) if out.is_dir() else []
+    return inside[0] if inside else out
+
+
+def comparable(format_: str) -> bool:
+    """Whether the file holds merged weights."""
+    return format_ in COMPARABLE or (format_.startswith("gguf_") and format_ != "gguf_lora")
+
+
+def expected(format_: str, stored: dict[str, Any], adapter_parameters: int) -> dict[str, Any]:
+    """Number of parameters (None where the format repacks them), and the base's 16-bit type."""
+    kinds = {t["type"] for t in stored["tensors"].values()}
+    parameters: int | None = stored["parameters"]
+    if format_ in ("adapter", "gguf_lora"):
+        parameters = adapter_parameters
+    elif format_ == "merged_4bit":
+        parameters = None
+    return {"parameters": parameters, "type": "F16" if kinds == {"F16"} else "BF16"}
