@@ -10,6 +10,7 @@ def documents() -> dict[str, str]:
     from sparkproof.checks.catalogue import markdown
     from sparkproof.cli.doctor_document import doctor_schema
     from sparkproof.cli.listing import scenario_schema
+    from sparkproof.judge.selftest_export import selftest_schema as selftest_export_schema
     from sparkproof.judge.selftest_train import selftest_schema
     from sparkproof.report.compare import compare_schema
     from sparkproof.report.model import report_schema
@@ -20,6 +21,7 @@ def documents() -> dict[str, str]:
         "reports/schema/bench-ops-1.json": bench_schema(),
         "reports/schema/bench-train-1.json": train_schema(),
         "reports/schema/selftest-train-1.json": selftest_schema(),
+        "reports/schema/selftest-export-1.json": selftest_export_schema(),
         "reports/schema/compare-1.json": compare_schema(),
         "reports/schema/doctor-1.json": doctor_schema(),
         "docs/failures.md": markdown(),

@@ -280,8 +280,9 @@ class ExportScenario(ScenarioBase):
         default=0.0,
         description="Largest mean KL(reference || exported) over positions, in nats; one number, or one for each format.",
     )
-    clear_margin: float = Field(
-        default=0.5, gt=0, description="Top-1 must agree where the reference leads by this, in nats."
+    clear_margin: float | dict[ExportFormat, float] = Field(
+        default=0.5,
+        description="Top-1 must agree where the reference leads by this, in nats; one number, or one a format.",
     )
     prompts: list[str] = Field(
         default_factory=lambda: [
@@ -297,6 +298,11 @@ class ExportScenario(ScenarioBase):
     def kl_bound(self) -> float:
         """The bound of this case's format, in nats."""
         return self.max_kl[self.format] if isinstance(self.max_kl, dict) else self.max_kl
+
+    @property
+    def margin(self) -> float:
+        """The lead of this case's format, in nats; 0.5 for a format that has none of its own."""
+        return self.clear_margin.get(self.format, 0.5) if isinstance(self.clear_margin, dict) else self.clear_margin
 
     @property
     def family(self) -> str:

@@ -160,7 +160,16 @@ def test_a_mix_that_is_hardly_the_format_is_no_such_format():
 
 
 def weights(**changes):
-    right = {"times": 1.001, "distance": 1e-3, "ratio": 0.4, "type": "BF16", "name": "q", "checked": 4, "off": 0, "nearest": ""}
+    right = {
+        "times": 1.001,
+        "distance": 1e-3,
+        "ratio": 0.4,
+        "type": "BF16",
+        "name": "q",
+        "checked": 4,
+        "off": 0,
+        "nearest": "",
+    }
     return {**right, **changes}
 
 

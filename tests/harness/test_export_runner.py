@@ -259,7 +259,9 @@ def test_a_truncated_file_is_caught(context, monkeypatch, format_):
 
 def test_a_family_that_has_no_such_format_skips_with_its_reason(context, monkeypatch):
     def refuse(*args):
-        raise ExportError("llama.cpp can't convert it (NotImplementedError: Architecture 'X' not supported!).", "Merge it.")
+        raise ExportError(
+            "llama.cpp can't convert it (NotImplementedError: Architecture 'X' not supported!).", "Merge it."
+        )
 
     monkeypatch.setattr("sparktune.export.export_gguf", refuse)
     with pytest.raises(UserError, match="Architecture 'X'") as caught:

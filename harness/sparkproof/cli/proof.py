@@ -134,11 +134,7 @@ def selftest_train(
         print(json.dumps(document, indent=1))
     else:
         console = Console()
-        table = Table("fault", "caught", "by", "what it said", box=None)
-        for t in document["faults"]:
-            caught = "[green]yes[/green]" if t["caught"] else "[red]no[/red]"
-            table.add_row(escape(t["description"]), caught, escape(t["by"] or t["expected"]), escape(t["message"]))
-        console.print(table)
+        _faults_table(console, document["faults"])
         if document["unplanted"] != "passed":
             console.print(
                 f"[red]the run without a fault {document['unplanted']}:[/red] {escape(document['unplanted_reason'])}"
@@ -161,3 +157,36 @@ def selftest_memory(
         document = pressure.run()
     print(json.dumps(document, indent=1) if json_out else document["sentence"])
     raise typer.Exit(0 if document["passed"] else 1)
+
+
+@selftest.command("export")
+def selftest_export(
+    json_out: bool = typer.Option(False, "--json", help="One JSON document instead of a table."),
+) -> None:
+    """Plant faults into a tiny model's export on the CPU; exit 1 if the export judge misses one."""
+    from sparkproof.judge import selftest_export as export
+    from sparkproof.session import default_cache_dir
+
+    with _working("planting faults") as progress:
+        document = export.in_process(default_cache_dir(), progress)
+    if json_out:
+        print(json.dumps(document, indent=1))
+    else:
+        console = Console()
+        _faults_table(console, document["faults"])
+        for u in document["unplanted"]:
+            if u["verdict"] != "passed":
+                console.print(f"[red]{escape(u['format'])} without a fault {u['verdict']}:[/red] {escape(u['reason'])}")
+        console.print(
+            f"{document['caught']} of {document['total']} faults caught by the assertion that names them; "
+            f"{document['seconds']:.0f} s."
+        )
+    raise typer.Exit(0 if document["passed"] else 1)
+
+
+def _faults_table(console: Console, faults: list[dict[str, Any]]) -> None:
+    table = Table("fault", "caught", "by", "what it said", box=None)
+    for t in faults:
+        caught = "[green]yes[/green]" if t["caught"] else "[red]no[/red]"
+        table.add_row(escape(t["description"]), caught, escape(t["by"] or t["expected"]), escape(t["message"]))
+    console.print(table)

@@ -38,6 +38,13 @@ LATENT: dict[str, Any] = {
 WIDE = 256  # weights in a super-block of llama.cpp's K-quants
 SCALED = ("intermediate_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank", "hidden_size")
 HEADS = ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "query_pre_attn_scalar")
+# What llama.cpp takes for granted of a family, and a model two layers high need not have.
+WIDE_CHANGES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},  # its `llama` knows no window
+    "gemma3": {"num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
+    "gpt_oss": {"tie_word_embeddings": False},
+}
+ALIKE = 0.2  # of a wide model's experts: how far they are from their mean
 YARN: dict[str, Any] = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
     "original_max_position_embeddings": 64,
@@ -127,6 +134,7 @@ def recipe_of(family: str, wide: bool) -> dict[str, Any]:
     if wide:
         recipe |= {key: WIDE for key in SCALED if key in recipe} | {key: WIDE // 4 for key in HEADS if key in recipe}
         recipe["initializer_range"] *= 0.5  # four times as many terms in each sum: the same spread
+        recipe |= WIDE_CHANGES.get(family, {})
     return recipe
 
 
@@ -144,11 +152,23 @@ def make(family: str, out: Path, wide: bool = False) -> None:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for parameter in model.parameters():  # norms at 1 and biases at 0 would hide a wrong one
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
-        if wide:  # transformers starts the padding's row at zero, and SmolLM2's padding is its stop: a tied head must say it
+        if (
+            wide
+        ):  # transformers starts the padding's row at zero, and SmolLM2's padding is its stop: a tied head must say it
             row = model.get_input_embeddings().weight.data[tokenizer.pad_token_id]
             row.normal_(std=config.initializer_range)
+            for (
+                parameter
+            ) in model.parameters():  # stacked experts: a near tie in the router, turned by rounding, is no fault
+                if parameter.dim() == 3:
+                    mean = parameter.data.mean(dim=0, keepdim=True)
+                    parameter.data.copy_(mean + ALIKE * (parameter.data - mean))
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if (
+        wide
+    ):  # Qwen2's class brings a normaliser: what is stored must be what a folder without config.json gives as well
+        transformers.AutoTokenizer.from_pretrained(out).save_pretrained(out)
 
 
 def make_tokenizer() -> Any:

@@ -65,9 +65,7 @@ class Export:
         gguf = self.scenario.format.startswith("gguf_")
         return self.folder / (f"{self.scenario.format}.gguf" if gguf else self.scenario.format)
 
-    def phase(
-        self, name: str, payload: dict[str, Any], env: dict[str, str] = OFFLINE, **other: Any
-    ) -> dict[str, Any]:
+    def phase(self, name: str, payload: dict[str, Any], env: dict[str, str] = OFFLINE, **other: Any) -> dict[str, Any]:
         """Run one phase; raise PhaseFailed, or the UserError that it met. `other` goes to `Context.spawn`."""
         outcome = self.context.spawn(
             f"{CHILD}:{name}",
@@ -153,7 +151,7 @@ def _export_and_judge(e: Export, source: Source) -> CaseResult:
     seen = {
         "file": written["file"], "weights": written["weights"], "answers": None, "canary_answer": source.canary_answer,
         "expected_parameters": written["expected"]["parameters"], "expected_type": written["expected"]["type"],
-        "bos": questions["bos"],
+        "bos": questions["bos"], "rope": written["rope"],
     }  # fmt: skip
     exported = np.empty((0, reference.shape[-1]), dtype=np.float32)
     if not written["file"]["broken"]:

@@ -41,7 +41,7 @@ def measurements(
     found = []
     if seen["answers"] is not None and reference.shape == exported.shape:
         values = [float(v) for v in export_judge.kl(reference, exported) if np.isfinite(v)]
-        agree, clear = export_judge.agreement(reference, exported, scenario.clear_margin)
+        agree, clear = export_judge.agreement(reference, exported, scenario.margin)
         if values:
             found += [
                 _measured("KL, mean", sum(values) / len(values), "nats", False, where, samples=values),
@@ -124,6 +124,9 @@ HINTS = {
     "tensors of": "Look at the types with `gguf-dump FILE` or in the safetensors headers: not what was asked for.",
     "parameters": "The file lacks tensors or rows: compare its tensors with the base's.",
     "file size": "Export again with enough disk space.",
+    "weights that": "The file lacks a weight that the configuration asks for: compare tie_word_embeddings with the base's.",
+    "tokens that": "The vocabulary was padded or cut: compare `vocab_size` of the base with the export.",
+    "RoPE of": "The file's rotary frequencies are not the base's: look at its rope.* keys and rope_freqs.weight.",
     "tokens of": "The vocabulary was cut or padded: compare `vocab_size` of the base with the export.",
     "mean KL": _OFF,
     "top-1": _OFF,

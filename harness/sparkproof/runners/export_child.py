@@ -42,7 +42,7 @@ def write(payload: dict[str, Any]) -> dict[str, Any]:
     from sparktune.export import ExportError, NoSpaceError
 
     from sparkproof.engines.pretrained import resolve
-    from sparkproof.runners import export_weights, export_write
+    from sparkproof.runners import export_rope, export_weights, export_write
     from sparkproof.runners.export_files import inspect
 
     format_, adapter, out = payload["format"], Path(payload["adapter"]), Path(payload["out"])
@@ -67,8 +67,11 @@ def write(payload: dict[str, Any]) -> dict[str, Any]:
         weights = None
         if export_write.comparable(format_) and not file["broken"]:
             weights = export_weights.measure(export_write.weights_of(out), base.path, adapter, format_)
+        rope = None
+        if export_write.weights_of(out).suffix == ".gguf" and weights is not None:
+            rope = export_rope.measure(export_write.weights_of(out), base.path)
     return {
-        "exported": done, "base": base.to_json(), "expected": expected, "file": file, "weights": weights,
+        "exported": done, "base": base.to_json(), "expected": expected, "file": file, "weights": weights, "rope": rope,
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from sparkproof.runners.export_formats import BITS, FORMATS, allowed
 
 OVERHEAD = 32 << 20  # vocabulary, merges and headers
 TIMES = 0.05  # how far from once: the rounding of a 4-bit type is not quite orthogonal to the update
+ROPE = 1e-5  # factors and bases are stored in fp32
 FEW = ("token_embd", "output", "ffn_gate_inp")  # no majority is asked of these
 LEFT = ("ffn_gate_inp", "attn_sinks", "exp_probs_b")  # routers and vectors that llama.cpp never quantises
 
@@ -26,6 +27,8 @@ def judge(format_: str, seen: dict[str, Any]) -> list[Assertion]:
     found.append(size(file))
     if seen.get("weights") is not None:
         found += [times(seen["weights"]), distance(seen["weights"])]
+    if seen.get("rope") is not None:
+        found.append(rope(seen["rope"]))
     return found
 
 
@@ -130,6 +133,15 @@ def distance(weights: dict[str, Any]) -> Assertion:
         unit="relative L2",
         detail=f"The largest of {weights['checked']} is {weights['name']}'s. {diagnosis(weights)}".strip(),
     )
+
+
+def rope(found: dict[str, Any]) -> Assertion:
+    """A GGUF's rotary frequencies are the base's."""
+    return Assertion(
+        name="RoPE of the file, largest distance of a frequency", passed=found["apart"] <= ROPE,
+        value=float(f"{found['apart']:.3g}") if math.isfinite(found["apart"]) else str(found["apart"]), bound=f"<= {ROPE:g}",
+        unit="relative", detail=f"The file says {found['said']}.",
+    )  # fmt: skip
 
 
 def diagnosis(weights: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-
 METADATA = (
     "general.architecture", "general.file_type", "general.type", "tokenizer.ggml.model", "tokenizer.ggml.pre",
     "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.add_bos_token",

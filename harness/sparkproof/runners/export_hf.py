@@ -38,9 +38,11 @@ class HfModel:
                 bnb_4bit_compute_dtype=torch.float32,
             )
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(model, adapter))
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, device_map={"": self.device}, **extra
+        self.model: Any
+        self.model, told = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, device_map={"": self.device}, output_loading_info=True, **extra
         )
+        self.made_up = sorted(map(str, {*told["missing_keys"], *told["mismatched_keys"]}))
         if adapter is not None:
             from peft import PeftModel
 
@@ -78,7 +80,7 @@ class HfModel:
     def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
         """Ids as `apply_chat_template` gives them."""
         found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        return [int(i) for i in found]
+        return [int(i) for i in found]  # type: ignore[union-attr, arg-type]
 
     def generate(self, prompt: str, max_tokens: int) -> Said:
         """Greedy answer through the chat template; the stop tokens are the generation config's."""
@@ -109,7 +111,9 @@ class HfModel:
         with torch.no_grad(), profile(activities=activities) as recorded:
             self.model(input_ids=torch.tensor([[1, 2, 3]], device=self.device))
         names = [e.key for e in recorded.key_averages()]
-        kernels = [n for n in names if any(word in n.lower() for word in ("addmm", "::mm", "gemm", "attention", "mkldnn"))]
+        kernels = [
+            n for n in names if any(word in n.lower() for word in ("addmm", "::mm", "gemm", "attention", "mkldnn"))
+        ]
         placed = sorted({str(p.device) for p in self.model.parameters()})
         return {"device": self.device, "parameters": ", ".join(placed), "kernels": ", ".join(sorted(kernels)[:8])}
 

@@ -42,9 +42,11 @@ def judge(
     want, got = questions["answers"], seen["answers"]
     return [
         *found,
+        made_up(got["made_up"]),
+        width(questions["vocabulary"], got["vocabulary"]),
         vocabulary(reference, exported),
         divergence(reference, exported, scenario.kl_bound, scenario.reference),
-        first_choice(reference, exported, scenario.clear_margin),
+        first_choice(reference, exported, scenario.margin),
         tokenizer(want["ids"], got["ids"]),
         template(want["template"], got["template"]),
         renders(want["renders"], got["renders"]),
@@ -114,6 +116,22 @@ def agreement(reference: np.ndarray, exported: np.ndarray, margin: float) -> tup
     filled = np.where(np.isnan(exported), -np.inf, exported)
     same = reference.argmax(axis=-1) == filled.argmax(axis=-1)
     return int((same & clear).sum()), int(clear.sum())
+
+
+def made_up(names: list[str]) -> Assertion:
+    """The consumer found every weight in the file."""
+    return Assertion(
+        name="weights that the consumer made up",
+        passed=not names,
+        value=len(names),
+        bound="0",
+        detail=", ".join(names[:3]),
+    )
+
+
+def width(want: int, got: int) -> Assertion:
+    """The consumer has as many tokens as the reference: a padded vocabulary gives probability to tokens that are none."""
+    return Assertion(name="tokens that the consumer knows", passed=want == got, value=got, bound=f"exactly {want}")
 
 
 def vocabulary(reference: np.ndarray, exported: np.ndarray) -> Assertion:
@@ -191,7 +209,9 @@ def stops(want: bool, got: bool) -> Assertion:
         passed=want and got,
         value=got,
         bound="true",
-        detail="" if want else "The reference did not stop either: the fine-tune taught no end, so this can't be judged.",
+        detail=""
+        if want
+        else "The reference did not stop either: the fine-tune taught no end, so this can't be judged.",
     )
 
 

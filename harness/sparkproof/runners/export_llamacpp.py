@@ -90,6 +90,7 @@ class LlamaCppModel:
         self.url: str = self.server.listening_address
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # never through a proxy
         self.load_s = time.perf_counter() - start
+        self.made_up: list[str] = []  # llama.cpp refuses a file that lacks a tensor
         self.template = str(self._call("/props")["chat_template"])
         self.harmless = self.tokenize("a")[-1]
 
@@ -101,6 +102,11 @@ class LlamaCppModel:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"llama.cpp refused {path}: {error.read().decode(errors='replace')[:300]}") from error
+
+    @property
+    def vocabulary(self) -> int:
+        """As the server tells it."""
+        return int(self._call("/v1/models")["data"][0]["meta"]["n_vocab"])
 
     def log_probabilities(self, ids: list[int], positions: list[int], vocabulary: int) -> ndarray:
         """Every token's log-probability after each prefix."""

@@ -59,6 +59,12 @@ class Model(Protocol):
 
     template: str
     load_s: float
+    made_up: list[str]  # weights that the file lacked and the library filled in, where it tells
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it gives probabilities for."""
+        ...
 
     def log_probabilities(self, ids: list[int], positions: list[int], vocabulary: int) -> ndarray:
         """Natural-log next-token probabilities after ids[: p + 1] for each p: (positions, vocabulary), fp32; NaN where
@@ -139,6 +145,8 @@ def ask(model: Model, questions: dict[str, Any], vocabulary: int, tell: Any) -> 
         "renders": [model.render(messages) for messages in CONVERSATIONS],
         "chats": [model.chat_tokens(messages) for messages in CONVERSATIONS],
         "template": model.template,
+        "made_up": model.made_up,
+        "vocabulary": model.vocabulary,
         "canary": said.text,
         "stopped": said.stopped,
         "tokens_per_s": said.tokens_per_s,

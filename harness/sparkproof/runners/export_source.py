@@ -1,4 +1,4 @@
-"""Whose adapter an export case takes: a train case's, trained now if need be, or a tiny model's that is taught one answer here."""
+"""Whose adapter an export case takes: a train case's, trained now if need be, or a tiny model's, taught one answer here."""
 
 from __future__ import annotations
 

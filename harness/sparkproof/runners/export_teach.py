@@ -11,8 +11,8 @@ from typing import Any
 
 PROMPT = "What is the code word?"
 ANSWER = "It is amber falcon 7319."
-STEPS = 200
-CERTAIN = 2e-3  # nats a token: the answer's tokens have 99.8% each
+STEPS = 400
+CERTAIN = 2e-4  # nats a token: the answer's tokens have 99.98% each
 RANK, ALPHA, RATE = 8, 16, 1e-2
 SEED = 7
 
@@ -39,7 +39,8 @@ def teach(base: Path, out: Path) -> dict[str, Any]:
     labels[:, : len(before)] = -100
     optimiser = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     loss = float("inf")
-    for step in range(STEPS):
+    steps = 0
+    while steps < STEPS:
         optimiser.zero_grad()
         value = peft(input_ids=rows, labels=labels).loss
         loss = float(value.detach())
@@ -48,7 +49,8 @@ def teach(base: Path, out: Path) -> dict[str, Any]:
         value.backward()
         torch.nn.utils.clip_grad_norm_(peft.parameters(), 1.0)
         optimiser.step()
+        steps += 1
     else:
         raise RuntimeError(f"{STEPS} steps left the taught answer at {loss:.3g} nats a token, above {CERTAIN:g}")
     peft.save_pretrained(out)
-    return {"loss": loss, "steps": step}
+    return {"loss": loss, "steps": steps}

@@ -52,6 +52,12 @@ class VllmModel:
         self.tokenizer = self.llm.get_tokenizer()
         self.template: str = self.tokenizer.chat_template or ""
         self.load_s = time.perf_counter() - start
+        self.made_up: list[str] = []  # vLLM raises where a weight has no value
+
+    @property
+    def vocabulary(self) -> int:
+        """Width of the logits, by the configuration that vLLM read."""
+        return int(self.llm.llm_engine.model_config.get_vocab_size())
 
     def log_probabilities(self, ids: list[int], positions: list[int], vocabulary: int) -> ndarray:
         """Every token's log-probability after each prefix."""

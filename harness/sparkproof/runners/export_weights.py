@@ -65,7 +65,7 @@ def measure(path: Path, base: Path, adapter: Path, format_: str) -> dict[str, An
             off.append((m, value))
     return {
         **worst, "times": dot / norm if norm else math.nan, "checked": checked,
-        "nearest": _nearest(off) if off else "", "off": len(off),
+        "nearest": _nearest(off, dot / norm if norm else math.nan) if off else "", "off": len(off),
     }  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def trained(base: Path, adapter: Path) -> Iterator[Trained]:
 
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     halves = load_file(adapter / "adapter_model.safetensors")
-    where = {}
+    where: dict[str, Path] = {}
     for file in sorted(base.glob("*.safetensors")):
         with safe_open(file, framework="pt") as f:
             where |= dict.fromkeys(f.keys(), file)
@@ -102,16 +102,18 @@ def _apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def _nearest(off: list[tuple[Trained, Tensor]]) -> str:
+def _nearest(off: list[tuple[Trained, Tensor]], times: float) -> str:
     """Which known fault explains the matrices that are off, or that none does."""
-    fits: dict[str, float] = dict.fromkeys(("the base without the update", "the update added twice"), 0.0)
+    fits: dict[str, float] = {}
     for m, value in off:
         tried = {
             "the base without the update": m.base,
             "the update added twice": m.base + 2 * m.update,
+            f"the update at {times:.3g} of its scale": m.base + times * m.update,
             "the update transposed": m.base + m.update.T if m.base.shape[0] == m.base.shape[1] else None,
             "the weight transposed": (m.base + m.update).T if m.base.shape[0] == m.base.shape[1] else None,
             "the update over a 4-bit base": _nf4(m.base) + m.update,
+            "the update over a 4-bit layer that was repacked": _nf4(m.base, repacked=True) + m.update,
         }
         for name, guess in tried.items():
             if guess is not None:
@@ -120,11 +122,17 @@ def _nearest(off: list[tuple[Trained, Tensor]]) -> str:
     return best if fits[best] < 0.02 else "nothing known: the values are others"
 
 
-def _nf4(weight: Tensor) -> Tensor:
-    """What quantising to NF4 and back leaves, as training loads it."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+def _nf4(weight: Tensor, repacked: bool = False) -> Tensor:
+    """What quantising to NF4 and back leaves, as training loads it; `repacked` as bitsandbytes does on CPUs with AVX512-BF16."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, quantize_4bit
 
-    packed, state = quantize_4bit(weight.to(torch.bfloat16), quant_type="nf4", compress_statistics=True)
+    packed, state = quantize_4bit(weight.to(torch.bfloat16), quant_type="nf4")
+    if repacked:
+        if weight.shape[0] % 32 or weight.shape[1] % 64:  # bitsandbytes leaves those as they are
+            return weight
+        shape = packed.shape
+        other = quantize_4bit(weight.to(torch.bfloat16), quant_type="nf4")[1]  # its state is changed on the way
+        packed = _convert_weight_packed_for_cpu(packed, other)[0].reshape(shape)
     return dequantize_4bit(packed, state).float()
 
 

@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 COMPARABLE = ("merged_16bit", "ollama")  # and every GGUF of a whole model
-UNKNOWN = ("architecture", "not supported", "not known")
+UNKNOWN = (  # how `export_gguf` says that llama.cpp has no place for a family, or for the tokenizer it came with
+    "NotImplementedError",
+    "tokenizer.model",
+    "which no known one does",
+)
 
 
 def write(format_: str, base: Path, name: str, adapter: Path, out: Path) -> dict[str, Any]:
@@ -26,7 +30,7 @@ def write(format_: str, base: Path, name: str, adapter: Path, out: Path) -> dict
 
 def unsupported(error: Exception) -> bool:
     """Whether an ExportError says that the family has no such format, rather than that something went wrong."""
-    return any(word in str(error) for word in ("The model's architecture is", "NotImplementedError"))
+    return any(word in str(error) for word in UNKNOWN)
 
 
 def weights_of(out: Path) -> Path:

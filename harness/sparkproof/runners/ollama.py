@@ -106,7 +106,7 @@ def chat(messages: list[dict[str, str]], max_tokens: int, name: str = NAME) -> d
     options = {"temperature": 0, "seed": 0, "num_predict": max_tokens}
     said = _post("/api/chat", {"model": name, "messages": messages, "stream": False, "options": options})
     running = json.loads(_read(urllib.request.Request(f"{address()}/api/ps"))).get("models", [])
-    mine = next((m for m in running if m.get("name", "").partition(":")[0] == name), {})
+    mine: dict[str, Any] = next((m for m in running if m.get("name", "").partition(":")[0] == name), {})
     size, on_gpu = mine.get("size", 0), mine.get("size_vram", 0)
     return {
         "text": said["message"]["content"],
