@@ -70,6 +70,11 @@ class ScenarioBase(Strict):
         """Whether the case measures speed and so must have its GPU to itself."""
         return False
 
+    @property
+    def place(self) -> dict[str, str]:
+        """Where the case stands in a table of its kind, also when it was skipped; {} for kinds without one."""
+        return {}
+
 
 class EnvironmentScenario(ScenarioBase):
     """Checks of the machine: each named check must not report a finding of severity `error`."""
@@ -254,8 +259,8 @@ class FitScenario(OnOneModel):
 
 
 ExportFormat = Literal[
-    "adapter", "merged_16bit", "merged_4bit", "gguf_f32", "gguf_f16", "gguf_bf16", "gguf_q8_0", "gguf_q6_k",
-    "gguf_q5_k_m", "gguf_q4_k_m", "gguf_q4_0", "gguf_mxfp4", "gguf_lora", "ollama",
+    "adapter", "merged_16bit", "gguf_f32", "gguf_f16", "gguf_bf16", "gguf_q8_0", "gguf_q6_k",
+    "gguf_q5_k_m", "gguf_q4_k_m", "gguf_q4_0", "gguf_mxfp4",
 ]  # fmt: skip
 
 
@@ -268,9 +273,8 @@ class ExportScenario(ScenarioBase):
         "model that is taught one answer on the spot.",
     )
     format: ExportFormat = Field(description="What is written.")
-    consumer: Literal["transformers", "peft", "llama.cpp", "vllm", "ollama", "go-template"] = Field(
-        description="What loads it, in a fresh process. 'go-template' renders Ollama's template with Go's own "
-        "text/template: template parity, which is not Ollama.",
+    consumer: Literal["transformers", "peft", "llama.cpp", "vllm"] = Field(
+        description="What loads it, in a fresh process; vllm in an environment of its own.",
     )
     reference: Literal["base16+adapter", "base4+adapter"] = Field(
         default="base16+adapter",
@@ -311,11 +315,16 @@ class ExportScenario(ScenarioBase):
             return self.source.removeprefix("tiny:").partition("@")[0]
         return self.source.removeprefix("train/").partition("/")[0]
 
+    @property
+    def place(self) -> dict[str, str]:
+        """Family, format and consumer."""
+        return {"family": self.family, "format": self.format, "consumer": self.consumer}
+
     @model_validator(mode="after")
     def _validate_bound(self) -> ExportScenario:
         if isinstance(self.max_kl, dict) and self.format not in self.max_kl:
             raise ValueError(f"`max_kl` has no bound for the format {self.format}")
-        if self.consumer != "go-template" and not self.kl_bound > 0:
+        if not self.kl_bound > 0:
             raise ValueError("an export needs `max_kl`, the largest mean KL that passes, above 0")
         return self
 

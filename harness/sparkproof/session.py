@@ -128,6 +128,7 @@ class RunSession:
                 reason_class=lacking[0],
                 reason=lacking[1],
                 next_step="Run it on a machine that has what it needs; nothing is wrong with this one.",
+                evidence=dict(case.scenario.place),
             )
         heavy = case.kind != "environment"
         try:
@@ -146,6 +147,7 @@ class RunSession:
                 reason_class=reason,
                 reason=e.message,
                 next_step=e.fix,
+                evidence=dict(case.scenario.place),
             )
         except Exception as e:
             return CaseResult(

@@ -199,9 +199,9 @@ def scenario():
 
 def test_every_assertion_has_a_next_step(reference):
     empty = {"ids": [[1]] * len(HARD_STRINGS), "template": "a", "renders": ["a"] * 3, "canary": "", "chats": [[1]] * 3,
-             "stopped": True}  # fmt: skip
+             "stopped": True, "made_up": [], "vocabulary": 50}  # fmt: skip
     other = {"ids": [[2]] * len(HARD_STRINGS), "template": "b", "renders": ["b"] * 3, "canary": "", "chats": [[2]] * 3,
-             "stopped": False}  # fmt: skip
+             "stopped": False, "made_up": ["lm_head"], "vocabulary": 64}  # fmt: skip
     seen = {
         "answers": other,
         "file": {"tensors": {"a": {"type": "F32", "shape": [2, 2]}}, "parameters": 4, "bytes": 1, "broken": []},
@@ -209,9 +209,10 @@ def test_every_assertion_has_a_next_step(reference):
         "expected_type": "BF16",
         "canary_answer": "said",
         "weights": weights(times=0, ratio=9, off=1),
+        "rope": {"apart": 0.5, "said": "nothing"},
     }
     cut = np.full_like(reference, np.nan)
-    assertions = export_judge.judge(scenario(), reference, cut, {"answers": empty}, seen)
-    assert len(assertions) == 15 and sum(a.passed for a in assertions) == 1  # nothing is missing from the file
+    assertions = export_judge.judge(scenario(), reference, cut, {"answers": empty, "vocabulary": 50}, seen)
+    assert len(assertions) == 18 and sum(a.passed for a in assertions) == 1  # nothing is missing from the file
     assert all(export_account.next_step([a]) for a in assertions if not a.passed)
     assert export_account.next_step([]) == ""

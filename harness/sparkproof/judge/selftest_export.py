@@ -117,7 +117,8 @@ def run(cache_dir: Path, only: Sequence[str] = (), tell: Callable[[str], None] =
             r = _trial(folder, base, adapter, f"healthy-{format_}", format_, None)
             healthy.append(
                 Unplanted(
-                    format=format_, consumer=consumer, verdict=r.verdict, reason=r.reason, assertions=[a.name for a in r.assertions]
+                    format=format_, consumer=consumer, verdict=r.verdict, reason=r.reason,
+                    assertions=[a.name for a in r.assertions],
                 )
             )  # fmt: skip
         trials = []

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparkproof.report import engines
+from sparkproof.report.export_table import export_table
 from sparkproof.report.runrecord import RunRecord
 from sparkproof.report.words import (
     KIND_TITLES,
@@ -31,6 +32,7 @@ MISSED = 5  # assertions of one failure
 MEASURED_ROWS = 40
 NARROW = 72
 WIDE = 110
+EXPORT_STYLES = {Verdict.FAILED: "red", Verdict.BROKEN: "red", Verdict.SKIPPED: "dim"}
 NOT_GOOD = (Verdict.FAILED, Verdict.BROKEN, Verdict.RETEST)
 
 
@@ -67,6 +69,7 @@ def closing(record: RunRecord, width: int, safe: Callable[[str], str]) -> Iterat
     if fits:
         yield Text("")
         yield fit_table(fits, width, safe)
+    yield from _exports(record, width, safe)
     bad = by_urgency(record.of(*NOT_GOOD))
     if bad:
         yield Text("\nWhat went wrong:", "bold")
@@ -143,6 +146,31 @@ def _table(record: RunRecord, width: int) -> Table:
         title = KIND_TITLES.get(kind, (kind, ""))[0]
         table.add_row(Text(one_line(title)), *(f"{row[n]:g}" if row[n] else "." for n in shown), duration(row["time"]))
     return table
+
+
+def _exports(record: RunRecord, width: int, safe: Callable[[str], str]) -> Iterator[RenderableType]:
+    """Formats and consumers across, families down: KL in nats and top-1; as many tables as the width asks for."""
+    whole = export_table(record)
+    if whole is None:
+        return
+    longest = max(len(family) for family, _ in whole.rows)
+    wide = max(
+        [len(c.text) for _, cells in whole.rows for c in cells if c] + [len(w) for pair in whole.columns for w in pair]
+    )
+    for part in whole.parts(max(1, (width - longest) // (wide + 2))):
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(
+            "export: KL (nats), top-1" if width >= NARROW else "export", overflow="fold", min_width=longest
+        )
+        for format_, consumer in part.columns:
+            table.add_column(Text(f"{safe(format_)}\n{safe(consumer)}"), justify="right", no_wrap=True)
+        for family, cells in part.rows:
+            shown = [
+                Text("." if c is None else c.text, EXPORT_STYLES.get(c.verdict, "") if c else "dim") for c in cells
+            ]
+            table.add_row(Text(safe(family)), *shown)
+        yield Text("")
+        yield table
 
 
 def _measured(record: RunRecord, width: int, safe: Callable[[str], str]) -> Table:

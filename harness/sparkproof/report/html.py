@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 
 from sparkproof.report import engines, words
 from sparkproof.report.charts import Chart, Line, line_chart
+from sparkproof.report.export_table import export_table
 from sparkproof.report.runrecord import RunRecord
 from sparkproof.report.sections import floats, sections
 from sparkproof.results import CaseResult, Verdict
@@ -96,6 +97,8 @@ def render(record: RunRecord) -> str:
             skipped=skipped,
             sections=sections(record),
             engines=engines,
+            exports=export_table(record),
+            anchors={v.result.name: v.anchor for v in views},
             verdicts=[v.value for v in Verdict],
             css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         )

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 
 from sparkproof.report import engines
+from sparkproof.report.export_table import export_table
 from sparkproof.report.runrecord import RunRecord
 from sparkproof.report.words import (
     KIND_TITLES,
@@ -36,8 +37,8 @@ def render(record: RunRecord) -> str:
     out: list[str] = []
     size = 0
     blocks = [
-        *_head(record), *_failures(record), *_missing(record), *_engines(record), *_skipped(record), *_cases(record),
-        *_foot(record),
+        *_head(record), *_failures(record), *_missing(record), *_engines(record), *_exports(record), *_skipped(record),
+        *_cases(record), *_foot(record),
     ]  # fmt: skip
     for n, block in enumerate(blocks):
         size += len(block.encode("utf-8", errors="replace")) + 1
@@ -115,6 +116,18 @@ def _skipped(record: RunRecord) -> Iterable[str]:
         yield "| case | why |\n| --- | --- |"
         yield from (f"| {code(r.name)} | {md(why_skipped(r))} |" for r in skipped)
         yield ""
+
+
+def _exports(record: RunRecord) -> Iterable[str]:
+    table = export_table(record)
+    if table is None:
+        return
+    yield "### Exports: mean KL from the reference in nats, and top-1 agreement\n"
+    yield "| family | " + " | ".join(f"{code(f)} {md(c)}" for f, c in table.columns) + " |"
+    yield "| --- |" + " ---: |" * len(table.columns)
+    for family, cells in table.rows:
+        yield f"| {md(family)} | " + " | ".join(f"{SYMBOLS[c.verdict]} {md(c.text)}" if c else "" for c in cells) + " |"
+    yield ""
 
 
 def _cases(record: RunRecord) -> Iterable[str]:

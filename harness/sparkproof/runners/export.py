@@ -111,7 +111,7 @@ def run(case: Case, context: Context) -> CaseResult:
     if lacking is not None:
         return CaseResult(
             name=case.name, kind=case.kind, verdict=Verdict.SKIPPED, reason_class=lacking.reason_class,
-            reason=lacking.sentence, next_step=lacking.fix, evidence=export_account.place(case.scenario),
+            reason=lacking.sentence, next_step=lacking.fix, evidence=dict(case.scenario.place),
         )  # fmt: skip
     export_source.check(case, context)
     export = Export(case, context, case.scenario, time.monotonic() + case.scenario.timeout_s)
@@ -199,7 +199,7 @@ def _failed(case: Case, failure: PhaseFailed) -> CaseResult:
         reason=str(failure),
         next_step=steps.get(outcome.status, f"Read the end of {outcome.log}."),
         assertions=[Assertion(name=f"the process '{failure.phase}' gives a result", passed=False, detail=str(failure))],
-        evidence=export_account.place(case.scenario),
+        evidence=dict(case.scenario.place),
         output_tail=outcome.output_tail,
         traceback=outcome.traceback,
     )

@@ -11,11 +11,6 @@ from sparkproof.runners import export_judge
 from sparkproof.scenario import ExportScenario
 
 
-def place(scenario: ExportScenario) -> dict[str, str]:
-    """Where a case stands in the table of formats, consumers and families."""
-    return {"family": scenario.family, "format": scenario.format, "consumer": scenario.consumer}
-
-
 def reference_sentence(name: str) -> str:
     """What the export was compared with, for a reader."""
     return f"Compared with {name}: {REFERENCES[name]}."
@@ -88,7 +83,7 @@ def evidence(
             texts.append({"text": sequence["text"], "positions": end - start, "kl_nats": export_judge.number(value)})
         start = end
     return {
-        **place(scenario),
+        **scenario.place,
         "source": scenario.source,
         "reference": scenario.reference,
         "base": written["base"],

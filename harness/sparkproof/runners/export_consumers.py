@@ -18,12 +18,10 @@ from typing import Any
 
 import sparkproof
 from sparkproof.results import ReasonClass
-from sparkproof.runners import gotemplate, ollama
 from sparkproof.scenario import ExportScenario
 
 PACKAGES = {
     "peft": ("peft",), "transformers": ("transformers",), "llama.cpp": ("gguf", "xllamacpp"), "vllm": (),
-    "ollama": ("gguf",), "go-template": ("gguf", "xllamacpp"),
 }  # fmt: skip
 VLLM = {  # one process, in sight of the watchdog; nothing is told to anyone
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -51,14 +49,6 @@ def lacking(scenario: ExportScenario, cache_dir: Path) -> Lacking | None:
         )
     if scenario.consumer == "vllm" and not vllm_python(cache_dir).exists():
         return Lacking("vLLM is not installed; it needs an environment of its own.", "make vllm")
-    if scenario.consumer == "go-template" and gotemplate.compiler() is None:
-        return Lacking("Ollama's template is rendered by Go, and there is no Go here.", gotemplate.INSTALL)
-    if scenario.consumer == "ollama" and not ollama.answers():
-        return Lacking(
-            f"No Ollama server answers at {ollama.address()}; the case with the consumer go-template checks the "
-            "template's parity, which is not Ollama.",
-            "Start `ollama serve`, or set OLLAMA_HOST.",
-        )
     return None
 
 

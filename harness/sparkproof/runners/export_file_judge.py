@@ -22,9 +22,7 @@ def judge(format_: str, seen: dict[str, Any]) -> list[Assertion]:
     if file["broken"]:
         return found
     found.append(types(format_, file["tensors"], seen["expected_type"]))
-    if seen["expected_parameters"] is not None:
-        found.append(parameters(file["parameters"], seen["expected_parameters"]))
-    found.append(size(file))
+    found += [parameters(file["parameters"], seen["expected_parameters"]), size(file)]
     if seen.get("weights") is not None:
         found += [times(seen["weights"]), distance(seen["weights"])]
     if seen.get("rope") is not None:
@@ -72,20 +70,15 @@ def expected_types(format_: str, name: str, tensor: dict[str, Any], sixteen: str
     """The types that one tensor may have.
 
     GGUF: vectors and routers F32; matrices the format's (`export_formats.allowed`). merged_16bit: `sixteen`, the base's 16-bit
-    type. merged_4bit: U8 and their scales, the rest 16 bits. adapter: LoRA matrices only, F32 or 16 bits.
+    type. adapter: LoRA matrices only, F32 or 16 bits.
     """
     dims = tensor["shape"]
     floats = {"F32", "BF16", "F16"}
     match format_:
         case "merged_16bit":
             return {sixteen}
-        case "merged_4bit":
-            companion = ".weight." in name
-            return {"F32", "U8"} if companion else {"U8", sixteen} if len(dims) > 1 else {sixteen, "F32"}
         case "adapter":
             return floats if ".lora_A." in name or ".lora_B." in name else {"LoRA in F32, BF16 or F16"}
-        case "gguf_lora":
-            return floats if name.endswith((".lora_a", ".lora_b")) else {"LoRA in F32, BF16 or F16"}
     if len([d for d in dims if d > 1]) < 2 or any(part in name for part in LEFT):
         return {"F32"}
     return allowed(format_, dims[-1])

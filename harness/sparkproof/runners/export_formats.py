@@ -36,7 +36,6 @@ LLAMA = ("llama.cpp",)
 FORMATS = {
     "adapter": Format(("peft", "vllm")),
     "merged_16bit": Format(("transformers", "vllm")),
-    "merged_4bit": Format(("transformers",)),
     "gguf_f32": Format(LLAMA, "F32"),
     "gguf_f16": Format(LLAMA, "F16"),
     "gguf_bf16": Format(LLAMA, "BF16"),
@@ -46,8 +45,6 @@ FORMATS = {
     "gguf_q4_k_m": Format(LLAMA, "Q4_K", frozenset({"Q6_K", "Q5_K"})),
     "gguf_q4_0": Format(LLAMA, "Q4_0", frozenset({"Q6_K"})),
     "gguf_mxfp4": Format(LLAMA, "MXFP4", frozenset({"Q8_0"})),
-    "gguf_lora": Format(LLAMA),
-    "ollama": Format(("ollama", "go-template"), "Q8_0"),
 }
 
 

@@ -38,10 +38,10 @@ class HfModel:
                 bnb_4bit_compute_dtype=torch.float32,
             )
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(model, adapter))
-        self.model: Any
-        self.model, told = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, device_map={"": self.device}, output_loading_info=True, **extra
         )
+        self.model, told = loaded
         self.made_up = sorted(map(str, {*told["missing_keys"], *told["mismatched_keys"]}))
         if adapter is not None:
             from peft import PeftModel

@@ -12,7 +12,7 @@ from typing import Any
 PROMPT = "What is the code word?"
 ANSWER = "It is amber falcon 7319."
 STEPS = 400
-CERTAIN = 2e-4  # nats a token: the answer's tokens have 99.98% each
+CERTAIN = 5e-3  # nats a token: the answer's tokens have 99.5% each
 RANK, ALPHA, RATE = 8, 16, 1e-2
 SEED = 7
 
@@ -46,6 +46,8 @@ def teach(base: Path, out: Path) -> dict[str, Any]:
         loss = float(value.detach())
         if loss < CERTAIN:
             break
+        for group in optimiser.param_groups:  # near the answer Adam's full step throws it away again
+            group["lr"] = RATE if loss > 0.3 else RATE / 10
         value.backward()
         torch.nn.utils.clip_grad_norm_(peft.parameters(), 1.0)
         optimiser.step()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-COMPARABLE = ("merged_16bit", "ollama")  # and every GGUF of a whole model
 UNKNOWN = (  # how `export_gguf` says that llama.cpp has no place for a family, or for the tokenizer it came with
     "NotImplementedError",
     "tokenizer.model",
@@ -21,7 +20,7 @@ def write(format_: str, base: Path, name: str, adapter: Path, out: Path) -> dict
         done = export.export_adapter(base, adapter, out, name)
     elif format_ == "merged_16bit":
         done = export.export_merged(base, adapter, out)
-    elif format_.startswith("gguf_") and format_ != "gguf_lora":
+    elif format_.startswith("gguf_"):
         done = export.export_gguf(base, out, format_.removeprefix("gguf_"), adapter, f"{name} fine-tuned")  # type: ignore[arg-type]
     else:
         raise ValueError(f"unknown format {format_}")
@@ -41,15 +40,13 @@ def weights_of(out: Path) -> Path:
 
 def comparable(format_: str) -> bool:
     """Whether the file holds merged weights."""
-    return format_ in COMPARABLE or (format_.startswith("gguf_") and format_ != "gguf_lora")
+    return format_ != "adapter"
 
 
 def expected(format_: str, stored: dict[str, Any], adapter_parameters: int) -> dict[str, Any]:
-    """Number of parameters (None where the format repacks them), and the base's 16-bit type."""
+    """Number of parameters and the base's 16-bit type."""
     kinds = {t["type"] for t in stored["tensors"].values()}
-    parameters: int | None = stored["parameters"]
-    if format_ in ("adapter", "gguf_lora"):
+    parameters: int = stored["parameters"]
+    if format_ == "adapter":
         parameters = adapter_parameters
-    elif format_ == "merged_4bit":
-        parameters = None
     return {"parameters": parameters, "type": "F16" if kinds == {"F16"} else "BF16"}
