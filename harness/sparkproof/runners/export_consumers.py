@@ -1,6 +1,6 @@
 """Which programs read an export, what each needs to be here, and the process it runs in.
 
-vLLM pins a torch of its own and so lives in an environment of its own, made by `make vllm`: its case's last process is that
+vLLM pins a torch of its own and so lives in an environment of its own: its case's last process is that
 environment's Python, which sees this package and nothing else of ours.
 """
 
@@ -29,6 +29,9 @@ VLLM = {  # one process, in sight of the watchdog; nothing is told to anyone
 }  # fmt: skip
 
 
+INSTALL_VLLM = "python3 -m venv vllm && vllm/bin/pip install vllm && export SPARKPROOF_VLLM_PYTHON=$PWD/vllm/bin/python"
+
+
 @dataclass(frozen=True)
 class Lacking:
     """Why a consumer can't run here, and what would change that."""
@@ -48,12 +51,14 @@ def lacking(scenario: ExportScenario, cache_dir: Path) -> Lacking | None:
             f"pip install {' '.join(absent)}",
         )
     if scenario.consumer == "vllm" and not vllm_python(cache_dir).exists():
-        return Lacking("vLLM is not installed; it needs an environment of its own.", "make vllm")
+        return Lacking(
+            "vLLM is not installed; it needs an environment of its own, named by SPARKPROOF_VLLM_PYTHON.", INSTALL_VLLM
+        )
     return None
 
 
 def vllm_python(cache_dir: Path) -> Path:
-    """The Python of vLLM's environment: SPARKPROOF_VLLM_PYTHON, else that of `make vllm`."""
+    """The Python of vLLM's environment: SPARKPROOF_VLLM_PYTHON, else `vllm` in the cache."""
     return Path(os.environ.get("SPARKPROOF_VLLM_PYTHON") or cache_dir / "vllm" / "bin" / "python")
 
 
