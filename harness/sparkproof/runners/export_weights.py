@@ -105,11 +105,13 @@ def _apart(a: Tensor, b: Tensor) -> float:
 def _nearest(off: list[tuple[Trained, Tensor]], times: float) -> str:
     """Which known fault explains the matrices that are off, or that none does."""
     fits: dict[str, float] = {}
+    whole = min(abs(times - n) for n in (0, 1, 2)) < 0.02
     for m, value in off:
         tried = {
             "the base without the update": m.base,
             "the update added twice": m.base + 2 * m.update,
-            f"the update at {times:.3g} of its scale": m.base + times * m.update,
+            # a scale fitted to the file always fits a little better than the whole number it is
+            f"the update at {times:.3g} of its scale": None if whole else m.base + times * m.update,
             "the update transposed": m.base + m.update.T if m.base.shape[0] == m.base.shape[1] else None,
             "the weight transposed": (m.base + m.update).T if m.base.shape[0] == m.base.shape[1] else None,
             "the update over a 4-bit base": _nf4(m.base) + m.update,

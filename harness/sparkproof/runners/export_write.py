@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-UNKNOWN = (  # how `export_gguf` says that llama.cpp has no place for a family, or for the tokenizer it came with
-    "NotImplementedError",
-    "tokenizer.model",
-    "which no known one does",
-)
+UNKNOWN = ("NotImplementedError",)  # how `export_gguf` says that llama.cpp has no place for a family
+# And for the tokenizer of one that is made on the spot, which is no family's own. Of a real model these are failures.
+UNKNOWN_MADE = ("tokenizer.model", "which no known one does")
 
 
 def write(format_: str, base: Path, name: str, adapter: Path, out: Path) -> dict[str, Any]:
@@ -27,9 +25,12 @@ def write(format_: str, base: Path, name: str, adapter: Path, out: Path) -> dict
     return done.to_json()
 
 
-def unsupported(error: Exception) -> bool:
-    """Whether an ExportError says that the family has no such format, rather than that something went wrong."""
-    return any(word in str(error) for word in UNKNOWN)
+def unsupported(error: Exception, made: bool) -> bool:
+    """Whether an ExportError says that there is no such format, not that something went wrong.
+
+    `made`: the model was made on the spot (`tiny:...`), with a tokenizer that is no family's own.
+    """
+    return any(word in str(error) for word in (*UNKNOWN, *(UNKNOWN_MADE if made else ())))
 
 
 def weights_of(out: Path) -> Path:

@@ -1,0 +1,92 @@
+"""A Modelfile's template, rendered by Go's own text/template as Ollama does it, against the chat template byte for byte."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from sparktune.export.chat_form import DATES, derive
+from sparktune.export.ollama import go_template
+from test_export_ollama import (
+    BOS_AND_TRIM,
+    CHATML,
+    DATED,
+    DEFAULT_SYSTEM,
+    NO_SYSTEM,
+    SYSTEM_IN_THE_QUESTION,
+    SYSTEM_WITH_THE_LAST,
+    render_of,
+)
+
+SOURCE = Path(__file__).parent / "go" / "render.go"
+pytestmark = pytest.mark.skipif(shutil.which("go") is None, reason="needs Go's compiler: sudo apt install golang-go")
+
+SYSTEM = {"role": "system", "content": 'Say "yes" & <no>, {{ .System }} too.'}
+TALK = [
+    {"role": "user", "content": "Grüße, 12345 {{ if }} ?"},
+    {"role": "assistant", "content": "日本語\n\n  two lines"},
+    {"role": "user", "content": "back\\slash and 🙂"},
+    {"role": "assistant", "content": "`quoted`"},
+    {"role": "user", "content": "last"},
+]
+TALKS = [TALK, TALK[:3], TALK[:1]]
+
+
+@pytest.fixture(scope="module")
+def go(tmp_path_factory):
+    """Renders conversations [[{role, content}]] by (template, system prompt)."""
+    folder = tmp_path_factory.mktemp("go")
+    env = {**os.environ, "GO111MODULE": "off", "CGO_ENABLED": "0", "GOCACHE": str(folder / "cache")}
+    built = subprocess.run(
+        ["go", "build", "-o", str(folder / "render"), str(SOURCE)],
+        env=env, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+
+    def render(template, conversations, system=""):
+        asked = json.dumps({"template": template, "system": system, "conversations": conversations})
+        done = subprocess.run(
+            [str(folder / "render")], input=asked, capture_output=True, encoding="utf-8", timeout=60, check=False
+        )
+        if done.returncode:
+            raise ValueError(done.stderr)
+        return json.loads(done.stdout)
+
+    return render
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, DEFAULT_SYSTEM, BOS_AND_TRIM, SYSTEM_IN_THE_QUESTION, SYSTEM_WITH_THE_LAST, NO_SYSTEM, DATED]
+)
+def test_go_renders_what_the_chat_template_renders(go, template):
+    render = render_of(template)
+    form = derive(render)
+    plain = go(go_template(form), TALKS)
+    assert plain == [render(talk, DATES[0]) for talk in TALKS]
+    if form.before is not None:
+        expected = [render([SYSTEM, *talk], DATES[0]) for talk in TALKS]
+        assert go(go_template(form), [[SYSTEM, *talk] for talk in TALKS]) == expected
+        assert go(go_template(form), TALKS, SYSTEM["content"]) == expected  # as a Modelfile's SYSTEM gives it
+        assert expected != plain
+
+
+def test_a_template_with_one_space_more_is_told_apart(go):
+    render = render_of(CHATML)
+    wrong = go_template(derive(render)).replace('"<|im_end|>\\n', '"<|im_end|> \\n')
+    assert go(wrong, TALKS) != [render(talk, DATES[0]) for talk in TALKS]
+
+
+def test_ollama_joins_consecutive_messages_of_one_role_and_chat_templates_do_not(go):
+    """The known difference, held so that it is noticed when it goes."""
+    render = render_of(CHATML)
+    twice = [TALK[0], TALK[0]]
+    (found,) = go(go_template(derive(render)), [twice])
+    joined = [{"role": "user", "content": f"{TALK[0]['content']}\n\n{TALK[0]['content']}"}]
+    assert found == render(joined, DATES[0]) != render(twice, DATES[0])
+
+
+def test_go_refuses_what_is_no_template(go):
+    with pytest.raises(ValueError, match="unclosed action"):
+        go("{{ .Prompt", TALKS)
