@@ -228,6 +228,13 @@ def test_two_runs_at_once(run: Runner) -> None:
     assert first.returncode == 0 and len(run.runs()) == 1
 
 
+def test_what_runs_the_cases_does_not_import_torch() -> None:
+    """Two seconds before each answer, and memory beside every case."""
+    code = "import sys, sparkproof.run, sparkproof.cli.validate, sparkproof.report.views; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -21,7 +21,8 @@ from sparkproof.bench.shapes import Pass, Row
 from sparkproof.bench.timing import Clock, Run, Timer, free_memory
 from sparkproof.errors import UserError
 from sparkproof.judge import stats
-from sparkproof.judge.speed import CANARY_BAND, copy_bandwidth
+from sparkproof.judge.speed import copy_bandwidth
+from sparkproof.judge.stats import CANARY_BAND
 
 SAMPLES = 5
 OURS = "sparktune"

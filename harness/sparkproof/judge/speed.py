@@ -22,7 +22,6 @@ from sparkproof.judge.families import generator
 
 SAMPLES = 25
 TARGET_MS = 4.0  # one sample; launch gaps and event resolution are then small
-CANARY_BAND = 0.05  # copy bandwidth after may differ by this from before
 COPY_BYTES_MIN = 2**28
 Pass = Literal["forward", "backward"]
 
@@ -44,8 +43,8 @@ def measure(spec: OpSpec, dtype: torch.dtype, variant: str, progress: Callable[[
     return {
         "device": torch.cuda.get_device_name(device),
         "dims": dict(p.dims),
-        "copy": {"before": before, "after": after, "drift": drift, "band": CANARY_BAND, "unit": "GB/s"},
-        "trusted": abs(drift) <= CANARY_BAND,
+        "copy": {"before": before, "after": after, "drift": drift, "band": stats.CANARY_BAND, "unit": "GB/s"},
+        "trusted": abs(drift) <= stats.CANARY_BAND,
         "input_sets": len(sets),
         "passes": passes,
         "bound": spec.bound,

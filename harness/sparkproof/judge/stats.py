@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 ROUNDS = 2000
+CANARY_BAND = 0.05  # copy bandwidth after may differ by this from before
 
 
 @dataclass(frozen=True)

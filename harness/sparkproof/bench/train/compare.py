@@ -9,7 +9,7 @@ from sparkproof.bench.document import Interval
 from sparkproof.bench.train.document import Canary, EngineSteps, Memory, ModelSteps, Round
 from sparkproof.bench.train.setting import OURS, REFERENCE, WORDS
 from sparkproof.judge import nested, stats
-from sparkproof.judge.speed import CANARY_BAND
+from sparkproof.judge.stats import CANARY_BAND
 
 LOSS_BOUND = 0.02  # absolute; losses of random weights lie near log(vocabulary), about 12
 NORM_BOUND = 0.02  # relative
