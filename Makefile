@@ -64,6 +64,7 @@ compile: setup ## Compile every kernel for sm_121 and hold it to GB10's limits (
 selftest: setup ## Prove that the kernel tests, the learning gate and the memory watchdog catch planted faults
 	@$(BIN)/sparkproof selftest memory
 	@$(BIN)/sparkproof selftest train
+	@$(BIN)/sparkproof selftest export
 	@$(BIN)/sparkproof selftest kernels $(ARGS)
 
 bench: setup ## Time every op against transformers, torch.compile, Liger and Unsloth (needs a GPU)
