@@ -25,6 +25,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere.sock")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(
+        manifest, "SETUP_MARK", "no-such-mark"
+    )  # the environment that runs the tests is not this machine's
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(m.work)
     return m
