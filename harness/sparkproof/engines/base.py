@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,22 @@ class EngineUnavailable(UserError):
 
     def __init__(self, message: str, fix: str, reason: ReasonClass = ReasonClass.ENGINE) -> None:
         super().__init__(message, fix, skip_class=reason.value)
+
+
+def require_on_gpu(name: str, package: str, install: str) -> None:
+    """Raise EngineUnavailable with the cure where the engine `name` lacks its Python package or a GPU."""
+    if importlib.util.find_spec(package) is None:
+        raise EngineUnavailable(
+            f"{name} is not installed, so nothing was trained with it.",
+            f"pip install {install}, or choose --engine sparktune or --engine hf.",
+            ReasonClass.ENGINE,
+        )
+    if not torch.cuda.is_available():
+        raise EngineUnavailable(
+            f"{name} needs a GPU that torch can use, and there is none.",
+            "Choose --engine sparktune or --engine hf.",
+            ReasonClass.GPU,
+        )
 
 
 @dataclass(frozen=True)

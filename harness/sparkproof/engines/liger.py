@@ -6,14 +6,12 @@ for a kind of model is asked of its own table, MODEL_TYPE_TO_APPLY_LIGER_FN of l
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from typing import Any
 
-import torch
 from torch import nn
 
-from sparkproof.engines.base import EngineUnavailable, LoadSpec, Ran
+from sparkproof.engines.base import EngineUnavailable, LoadSpec, Ran, require_on_gpu
 from sparkproof.engines.hf import HfEngine
 from sparkproof.results import ReasonClass
 
@@ -70,15 +68,4 @@ def _ours(thing: Any) -> bool:
 
 def require_liger() -> None:
     """Raise EngineUnavailable with the cure where Liger can't run."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise EngineUnavailable(
-            "Liger-Kernel is not installed, so nothing was trained with it.",
-            "pip install liger-kernel==0.8.5, or choose --engine sparktune or --engine hf.",
-            ReasonClass.ENGINE,
-        )
-    if not torch.cuda.is_available():
-        raise EngineUnavailable(
-            "Liger-Kernel needs a GPU that torch can use, and there is none.",
-            "Choose --engine sparktune or --engine hf.",
-            ReasonClass.GPU,
-        )
+    require_on_gpu("Liger-Kernel", "liger_kernel", "liger-kernel==0.8.5")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparkproof.engines.base import EngineUnavailable, LoadSpec, Ran, adamw_8bit, inference
+from sparkproof.engines.base import LoadSpec, Ran, adamw_8bit, inference, require_on_gpu
 from sparkproof.engines.marks import Launches
-from sparkproof.results import ReasonClass
 
 
 class UnslothEngine:
@@ -104,15 +102,4 @@ class UnslothEngine:
 
 def require_unsloth() -> None:
     """Raise EngineUnavailable with the cure where Unsloth can't run."""
-    if importlib.util.find_spec("unsloth") is None:
-        raise EngineUnavailable(
-            "Unsloth is not installed, so nothing was trained with it.",
-            "pip install unsloth==2026.10.7, or choose --engine sparktune or --engine hf.",
-            ReasonClass.ENGINE,
-        )
-    if not torch.cuda.is_available():
-        raise EngineUnavailable(
-            "Unsloth needs a GPU that torch can use, and there is none.",
-            "Choose --engine sparktune or --engine hf.",
-            ReasonClass.GPU,
-        )
+    require_on_gpu("Unsloth", "unsloth", "unsloth==2026.10.7")

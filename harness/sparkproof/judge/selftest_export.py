@@ -8,10 +8,7 @@ whole trial is a process of its own (`in_process`).
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,9 +19,8 @@ from unittest import mock
 
 from pydantic import Field
 
-from sparkproof.errors import UserError
-from sparkproof.judge.selftest_train import ON_A_CPU
-from sparkproof.results import Assertion, CaseResult, Strict, Verdict
+from sparkproof.judge import planting
+from sparkproof.results import CaseResult, Strict, Verdict
 
 SCHEMA: Literal["sparkproof/selftest-export/1"] = "sparkproof/selftest-export/1"
 MODEL = "tiny:llama@256"
@@ -73,33 +69,12 @@ class ExportSelftest(Strict):
 
 def selftest_schema() -> str:
     """The text of `reports/schema/selftest-export-1.json`."""
-    schema = ExportSelftest.model_json_schema(mode="serialization", by_alias=True)
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "selftest-export-1.json"}
-    return json.dumps({**head, **schema}, indent=2, ensure_ascii=False) + "\n"
+    return planting.schema_text(ExportSelftest, "selftest-export-1.json")
 
 
 def in_process(cache_dir: Path, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """`run` in a process of its own, on the CPU. Errors: UserError for a package that lacks."""
-    command = [sys.executable, "-W", "ignore", "-m", "sparkproof.judge.selftest_export", str(cache_dir)]
-    with subprocess.Popen(
-        command, env=os.environ | ON_A_CPU, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, errors="replace",
-    ) as child:  # fmt: skip
-        errors: list[str] = []
-        assert child.stdout is not None and child.stderr is not None
-        for line in child.stderr:
-            mark, _, text = line.rstrip().partition("trying: ")
-            if text and not mark:
-                progress(text)
-            else:
-                errors.append(line)
-        out = child.stdout.read()
-    if child.returncode != 0:
-        raise RuntimeError("the export judge could not be tried:\n" + "".join(errors)[-4000:])
-    document: dict[str, Any] = json.loads(out.splitlines()[-1])
-    if "error" in document:
-        raise UserError(**document["error"])
-    return document
+    return planting.ask("sparkproof.judge.selftest_export", [str(cache_dir)], "the export judge", progress)
 
 
 def run(cache_dir: Path, only: Sequence[str] = (), tell: Callable[[str], None] = lambda text: None) -> ExportSelftest:
@@ -128,14 +103,10 @@ def run(cache_dir: Path, only: Sequence[str] = (), tell: Callable[[str], None] =
             tell(fault.description)
             began = time.perf_counter()
             result = _trial(folder, base, adapter, fault.id, fault.format, fault)
-            missed = [a for a in result.assertions if not a.passed]
-            named = [a for a in missed if a.name.startswith(fault.caught_by) and fault.words in a.detail]
             trials.append(
                 ExportTrial(
-                    id=fault.id, description=fault.description, format=fault.format, expected=fault.caught_by,
-                    caught=bool(named) and result.verdict is Verdict.FAILED, by=named[0].name if named else "",
-                    message=_message(named[0]) if named else result.reason, verdict=result.verdict,
-                    also=[a.name for a in missed if a not in named], seconds=round(time.perf_counter() - began, 2),
+                    id=fault.id, description=fault.description, format=fault.format,
+                    seconds=round(time.perf_counter() - began, 2), **planting.fared(result, fault.caught_by, fault.words),
                 )
             )  # fmt: skip
     return ExportSelftest(
@@ -143,11 +114,6 @@ def run(cache_dir: Path, only: Sequence[str] = (), tell: Callable[[str], None] =
         passed=all(u.verdict is Verdict.PASSED for u in healthy) and all(t.caught for t in trials),
         seconds=round(time.perf_counter() - start, 2),
     )  # fmt: skip
-
-
-def _message(a: Assertion) -> str:
-    seen = f"{a.value}{' ' + a.unit if a.unit else ''}"
-    return f"{seen}, allowed {a.bound}. {a.detail}".strip()
 
 
 def _taught(cache_dir: Path, folder: Path) -> tuple[Path, Path]:
@@ -196,39 +162,21 @@ def _planted(folder: Path, fault: Any) -> Iterator[None]:
 
 
 def _trial(folder: Path, base: Path, adapter: Path, name: str, format_: str, fault: Any) -> CaseResult:
-    from sparkproof.facts.model import Facts
     from sparkproof.runners import export, export_child, export_source
-    from sparkproof.runners.base import Context
-    from sparkproof.runners.process import Outcome
     from sparkproof.scenario import Case
-
-    class InProcess(Context):
-        """Phases as calls; what one raises is an outcome, as it is across processes."""
-
-        def spawn(self, entry: str, payload: dict[str, Any], **more: Any) -> Outcome:
-            try:
-                result = getattr(export_child, entry.partition(":")[2])(json.loads(json.dumps(payload)))
-            except Exception as error:
-                return Outcome(status="error", error_type=type(error).__name__, error=str(error), stage=more["phase"])
-            return Outcome(status="ok", result=json.loads(json.dumps(result)))
 
     known = export_source.Source(str(base), "", "", adapter, export_source.PROMPT, export_source.ANSWER)
     scenario = {"kind": "export", "summary": "an export to plant faults into", "source": MODEL, "format": format_,
                 "consumer": HEALTHY[format_], "max_kl": MAX_KL}  # fmt: skip
     case = Case.model_validate({"name": name, "file": "selftest", "scenario": scenario})
-    context = InProcess(folder / "run", Facts.model_construct(), folder / "cache", 0.0)
+    context = planting.in_this_process(export_child, folder / "run", folder / "cache")
     with _planted(folder, fault), mock.patch.object(export_source, "get", lambda *args: known):
         return export.run(case, context)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the document, or `error`, what the user must cure, as the last line."""
-    try:
-        document = run(Path(arguments[0]), arguments[1:], lambda text: print(f"trying: {text}", file=sys.stderr))
-        print(document.model_dump_json(by_alias=True))
-    except UserError as e:
-        print(json.dumps({"error": {"message": e.message, "fix": e.fix, "skip_class": e.skip_class}}))
-    return 0
+    return planting.answer(lambda tell: run(Path(arguments[0]), arguments[1:], tell))
 
 
 if __name__ == "__main__":

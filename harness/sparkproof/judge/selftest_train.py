@@ -8,9 +8,6 @@ trial is a process of its own (`in_process`), so that nothing planted reaches an
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,14 +18,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from sparkproof.errors import UserError
-from sparkproof.results import Assertion, CaseResult, Strict, Verdict
+from sparkproof.judge import planting
+from sparkproof.results import CaseResult, Strict, Verdict
 
 SCHEMA: Literal["sparkproof/selftest-train/1"] = "sparkproof/selftest-train/1"
 ENGINES = ("hf", "sparktune")  # those that run on a CPU
-ON_A_CPU = {
-    "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONSAFEPATH": "1",
-}  # fmt: skip
 SCENARIO: dict[str, Any] = {
     "kind": "train", "summary": "a tiny run to plant faults into", "model": "tiny:llama", "steps": 25, "batch": 2,
     "seq_len": 128, "learning_rate": 2e-2, "lora": {"rank": 16, "alpha": 32},
@@ -72,35 +66,14 @@ class TrainSelftest(Strict):
 
 def selftest_schema() -> str:
     """The text of `reports/schema/selftest-train-1.json`."""
-    schema = TrainSelftest.model_json_schema(mode="serialization", by_alias=True)
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "selftest-train-1.json"}
-    return json.dumps({**head, **schema}, indent=2, ensure_ascii=False) + "\n"
+    return planting.schema_text(TrainSelftest, "selftest-train-1.json")
 
 
 def in_process(engine: str, cache_dir: Path, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """`run` in a process of its own, on the CPU. Errors: UserError for another engine or a package that lacks."""
     if engine not in ENGINES:
         raise UserError(f"The engine '{engine}' can't be tried here.", f"On a CPU there are: {', '.join(ENGINES)}.")
-    command = [sys.executable, "-W", "ignore", "-m", "sparkproof.judge.selftest_train", engine, str(cache_dir)]
-    with subprocess.Popen(
-        command, env=os.environ | ON_A_CPU, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, errors="replace",
-    ) as child:  # fmt: skip
-        errors: list[str] = []
-        assert child.stdout is not None and child.stderr is not None
-        for line in child.stderr:
-            mark, _, text = line.rstrip().partition("trying: ")
-            if text and not mark:
-                progress(text)
-            else:
-                errors.append(line)
-        out = child.stdout.read()
-    if child.returncode != 0:
-        raise RuntimeError("the learning gate could not be tried:\n" + "".join(errors)[-4000:])
-    document: dict[str, Any] = json.loads(out.splitlines()[-1])
-    if "error" in document:
-        raise UserError(**document["error"])
-    return document
+    return planting.ask("sparkproof.judge.selftest_train", [engine, str(cache_dir)], "the learning gate", progress)
 
 
 def run(
@@ -120,14 +93,10 @@ def run(
             tell(fault.description)
             began = time.perf_counter()
             result = _trial(engine, cache_dir, Path(folder), fault.id, fault.plant(_class_of(engine)))
-            missed = [a for a in result.assertions if not a.passed]
-            named = [a for a in missed if a.name.startswith(fault.caught_by)]
             trials.append(
                 TrainTrial(
-                    id=fault.id, description=fault.description, caught=bool(named) and result.verdict is Verdict.FAILED,
-                    expected=fault.caught_by, by=named[0].name if named else "", also=[a.name for a in missed if a not in named],
-                    message=_message(named[0]) if named else result.reason, verdict=result.verdict,
-                    seconds=round(time.perf_counter() - began, 2),
+                    id=fault.id, description=fault.description, seconds=round(time.perf_counter() - began, 2),
+                    **planting.fared(result, fault.caught_by),
                 )
             )  # fmt: skip
     return TrainSelftest(
@@ -143,29 +112,11 @@ def _class_of(engine: str) -> type:
     return type(named(engine))
 
 
-def _message(a: Assertion) -> str:
-    seen = f"{a.value}{' ' + a.unit if a.unit else ''}"
-    return f"{seen}, allowed {a.bound}. {a.detail}".strip()
-
-
 def _trial(engine: str, cache_dir: Path, folder: Path, name: str, planted: Any) -> CaseResult:
-    from sparkproof.facts.model import Facts
     from sparkproof.runners import train, train_child
-    from sparkproof.runners.base import Context
-    from sparkproof.runners.process import Outcome
     from sparkproof.scenario import Case
 
-    class InProcess(Context):
-        """Phases as calls; what one raises is an outcome, as it is across processes."""
-
-        def spawn(self, entry: str, payload: dict[str, Any], **more: Any) -> Outcome:
-            try:
-                result = getattr(train_child, entry.partition(":")[2])(json.loads(json.dumps(payload)))
-            except Exception as error:
-                return Outcome(status="error", error_type=type(error).__name__, error=str(error), stage=more["phase"])
-            return Outcome(status="ok", result=json.loads(json.dumps(result)))
-
-    context = InProcess(folder, Facts.model_construct(), cache_dir, 0.0)
+    context = planting.in_this_process(train_child, folder, cache_dir)
     case = Case.model_validate({"name": name, "file": "selftest", "scenario": {**SCENARIO, "engine": engine}})
     if engine != "hf":  # its gradients are made before anything is planted
         train.Training(case, context, case.scenario, time.monotonic() + 600).reference()  # type: ignore[arg-type]
@@ -175,14 +126,7 @@ def _trial(engine: str, cache_dir: Path, folder: Path, name: str, planted: Any) 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the document, or `error`, what the user must cure, as the last line."""
-    try:
-        document = run(
-            arguments[0], Path(arguments[1]), arguments[2:], lambda text: print(f"trying: {text}", file=sys.stderr)
-        )
-        print(document.model_dump_json(by_alias=True))
-    except UserError as e:
-        print(json.dumps({"error": {"message": e.message, "fix": e.fix, "skip_class": e.skip_class}}))
-    return 0
+    return planting.answer(lambda tell: run(arguments[0], Path(arguments[1]), arguments[2:], tell))
 
 
 if __name__ == "__main__":
