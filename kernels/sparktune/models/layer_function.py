@@ -108,7 +108,7 @@ def views(call: Call, state: State) -> tuple[Tensor, Tensor, Tensor]:
     return (q if state.q is None else state.q), (k if state.k is None else state.k), v
 
 
-def advance(call: Call, x: Tensor, state: State, until_gate_up: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def advance(call: Call, x: Tensor, state: State) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Fill what is missing in `state` up to gate and up; (r1, n2, r2), the latter two only where they were made.
 
     Used by the forward, where everything is missing, and by the backward, for what was not kept.
@@ -131,7 +131,7 @@ def advance(call: Call, x: Tensor, state: State, until_gate_up: bool) -> tuple[T
         state.x1, tails[1] = project(p.o, state.attended.output.reshape(x.shape[0], -1), onto=x)
         dispatch.record("lora_linear", way)
     n2 = r2 = None
-    if until_gate_up and state.eu is None:
+    if state.eu is None:
         n2, r2 = normed(state.x1, p.norm2, p.eps2, p.order, p.gate_up.stack.room)
         state.eu, tails[2] = project(p.gate_up, n2, tail_free=True, room=p.gate_up.stack.room_out)
     state.tails = tuple(tails)
@@ -145,7 +145,7 @@ class DecoderLayer(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, call: Call, *trained: Tensor | None) -> Tensor:
         """One layer; keeps x and what `call.keep` names."""
         p, state, kept = call.parts, State(), call.keep
-        advance(call, x, state, until_gate_up=True)
+        advance(call, x, state)
         assert state.x1 is not None and state.eu is not None and state.attended is not None
         h = lora_mlp.activated(state.eu, p.activation, p.down.stack.room)
         if "gate_up" not in kept:
@@ -198,7 +198,7 @@ def backward(
     before[1] = before[1] or norms[0] or norms[2] or norms[3]
     before[2] = before[2] or before[1]
     before[3] = before[3] or before[2] or norms[1]
-    r1, n2, r2 = advance(call, x, state, until_gate_up=True)
+    r1, n2, r2 = advance(call, x, state)
     assert state.x1 is not None and state.eu is not None and state.attended is not None
 
     # Down, and the activation: h over dh, which nobody else reads.
