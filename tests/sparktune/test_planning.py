@@ -53,7 +53,9 @@ def test_weights_and_products_of_llama_are_what_arithmetic_says(device):
 def test_memory_buys_time_and_never_more_than_it_costs():
     plans = [plan(LLAMA, "h100", budget=b) for b in (0, 2e9, 5e9, INF)]
     assert [p.step_ms for p in plans] == sorted((p.step_ms for p in plans), reverse=True)
-    assert plans[0].kept == dict.fromkeys(KINDS, 0)
+    assert set(plans[0].kept.values()) <= {0, 1}  # of the last layer, in room that the loss leaves
+    assert plans[0].kept["gate_up"] == 1
+    assert plans[0].bytes["kept activations"] == 0
     assert plans[3].kept == dict.fromkeys(KINDS, 32)
     assert plans[3].ms["products again"] == 0
     for p, budget in zip(plans[:3], (0, 2e9, 5e9), strict=True):
@@ -62,7 +64,7 @@ def test_memory_buys_time_and_never_more_than_it_costs():
 
 
 def test_packed_documents_cost_less_attention_and_nothing_else():
-    one, many = (plan(LLAMA, "h100", sequence=4096, documents=n) for n in (1, 16))
+    one, many = (plan(LLAMA, "h100", sequence=4096, documents=n, budget=INF) for n in (1, 16))
     assert many.ms["attention"] == pytest.approx(one.ms["attention"] / 16)
     assert {k: v for k, v in many.ms.items() if k != "attention"} == {
         k: v for k, v in one.ms.items() if k != "attention"

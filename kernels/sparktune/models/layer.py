@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparktune.models import parts
 from sparktune.models.checkpointing import ALL, NONE, LayerShape
 from sparktune.models.layer_function import Call, DecoderLayer
-from sparktune.models.layer_parts import LayerParts
+from sparktune.models.layer_parts import LayerParts, parts_of
 from sparktune.models.projection import Unfit, note_fallback
 from sparktune.ops import dispatch
 
@@ -75,7 +75,7 @@ class PreNormLayer(OpByOpLayer):
         if dispatch.autocast_dtype(hidden) not in (None, hidden.dtype):
             return None
         try:
-            return LayerParts.of(self)
+            return parts_of(self)
         except Unfit as why:
             note_fallback("a layer", why)
             return None

@@ -6,14 +6,17 @@ for others, or where a projection is `Unfit`, the layer runs op by op.
 
 from __future__ import annotations
 
+import functools
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparktune.models import parts
 from sparktune.models.attention import refuse_call
 from sparktune.models.projection import Projection, Unfit, unhooked
+from sparktune.models.stamp import Stamp
 from sparktune.ops.lora_packed import Stack
 
 
@@ -114,23 +117,71 @@ class LayerParts:
             scale=float(a.scaling), window=a.window, activation=m.ACTIVATION, turns=turns,
         )  # fmt: skip
 
-    @property
+    @functools.cached_property
     def groups(self) -> tuple[Group, Group, Group, Group]:
         """qkv, o, gate and up, down."""
         return self.qkv, self.o, self.gate_up, self.down
 
-    @property
+    @functools.cached_property
     def trained(self) -> tuple[Tensor | None, ...]:
         """What may take a gradient, in the order in which the Function returns them."""
         factors = tuple(t for g in self.groups for t in g.factors)
         return *factors, self.norm1, self.norm2, self.q_norm, self.k_norm
 
-    @property
+    @functools.cached_property
     def q_width(self) -> int:
         """Elements of q a token."""
         return self.heads * self.head_dim
 
-    @property
+    @functools.cached_property
     def inner(self) -> int:
         """Elements of gate, and of up, a token."""
         return self.gate_up.stack.n // 2
+
+
+# Beside the layers, not in them: a copy or a saved model takes no part of it along.
+_read: weakref.WeakKeyDictionary[nn.Module, tuple[Stamp, LayerParts]] = weakref.WeakKeyDictionary()
+
+
+def parts_of(layer: Any) -> LayerParts:
+    """`LayerParts.of`, from the last time where the layer is what it was then. Errors: Unfit with the reason."""
+    stamp = stamp_of(layer)
+    known = None if stamp is None else _read.get(layer)
+    if known is not None and known[0] == stamp:
+        return known[1]
+    _read.pop(layer, None)
+    found = LayerParts.of(layer)
+    if stamp is not None:
+        _read[layer] = stamp, found
+    return found
+
+
+def stamp_of(layer: Any) -> Stamp | None:
+    """All that `LayerParts.of` looks at, or None for a layer that it refuses by its kind."""
+    children = vars(layer)["_modules"]
+    a, m = children["self_attn"], children["mlp"]
+    if not isinstance(a, parts.Attention) or not isinstance(m, parts.Mlp):
+        return None
+    stamp = Stamp()
+    of_attention, of_mlp, config = vars(a), vars(m), vars(a)["config"]
+    norms = [children["input_layernorm"], children["post_attention_layernorm"]]
+    if a.QK_NORM:
+        norms += [of_attention["_modules"]["q_norm"], of_attention["_modules"]["k_norm"]]
+    for norm in norms:
+        stamp.hooks(norm)
+        stamp.objects.append(vars(norm)["_parameters"]["weight"])
+        stamp.values.append(getattr(norm, norm.EPS, None) if isinstance(norm, parts.Norm) else None)
+    for module in (a, m):
+        stamp.hooks(module)
+    stamp.objects += (of_attention["_parameters"].get("sinks"), config)
+    get = of_attention.get
+    stamp.values += (
+        a.SOFTCAP and get(a.SOFTCAP), get("use_rope"), get("attention_dropout"), get("training"), get("is_causal"),
+        get("head_dim"), get("scaling"), a.window, config.num_attention_heads, config.num_key_value_heads,
+    )  # fmt: skip
+    names = ((a.MERGED,) if a.MERGED else ("q_proj", "k_proj", "v_proj")) + ("o_proj",)
+    for name in names:
+        stamp.linear(of_attention["_modules"][name])
+    for name in ((m.MERGED,) if m.MERGED else ("gate_proj", "up_proj")) + ("down_proj",):
+        stamp.linear(of_mlp["_modules"][name])
+    return stamp

@@ -33,6 +33,7 @@ from torch import Tensor
 from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
 from sparktune.ops.fused import Fused
+from sparktune.ops.launching import cdiv
 from sparktune.ops.numerics import cast
 from sparktune.ops.softmax_rows import (
     REDUCE_ARGS,
@@ -182,7 +183,7 @@ def _backward(
         flat = dispatch.rows(logits)
         c = Config.choose(m, n, logits.dtype.itemsize, DeviceProperties.of(logits.device), backward=True)
         dispatch.launch(
-            backward_kernel, (m, triton.cdiv(n + 7, 8 * c.lanes)), logits, dloss, by,
+            backward_kernel, (m, cdiv(n + 7, 8 * c.lanes)), logits, dloss, by,
             by if weights is None else weights.reshape(-1).contiguous(), flat, labels.reshape(-1).contiguous(), state,
             dx, m, n, flat.stride(0), dloss.stride(0) if dloss.dim() else 0, ignore_index, smoothing, smoothing / n,
             scale, softcap, WEIGHTED=weights is not None, CAPPED=softcap > 0, ALIKE=flat.stride(0) == n, LANES=c.lanes,

@@ -45,6 +45,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
 from sparktune.ops.fused import Fused
+from sparktune.ops.launching import cdiv
 from sparktune.ops.numerics import cast
 from sparktune.ops.spec import (
     DTYPES,
@@ -194,7 +195,7 @@ def _launch(
     absmax2, code2, offset = (t.contiguous() for t in nested[:3]) if nested else (table, table, table)
     width, stride = (out.shape[-1], out.stride(0)) if out.dim() == 2 else (n, n)
     dispatch.launch(
-        dequantize_kernel, triton.cdiv(n, blocksize * c.blocks), out, packed.contiguous(), absmax.contiguous(), table,
+        dequantize_kernel, cdiv(n, blocksize * c.blocks), out, packed.contiguous(), absmax.contiguous(), table,
         absmax2, code2, offset, out, n, width, stride, NESTED=nested is not None,
         PER_SCALE=nested.blocksize if nested else 1, HALF=blocksize // 2, BLOCKS=c.blocks, ROWS=_rows(out, blocksize),
         num_warps=c.num_warps,
@@ -305,6 +306,13 @@ def dequantize_into(
         )
     packed = as_bytes(packed)
     check(packed, absmax, blocksize, out.shape, nested, quant_type)
+    write(out, packed, absmax, blocksize, nested, quant_type)
+
+
+def write(
+    out: Tensor, packed: Tensor, absmax: Tensor, blocksize: int, nested: Nested | None = None, quant_type: str = "nf4"
+) -> None:
+    """`dequantize_into` for what was checked before: codes as bytes, and sizes that fit."""
     way = dispatch.route("dequantize_4bit", out, packed, absmax, *(nested[:3] if nested else ()))
     if way == "reference":
         out.copy_(reference(packed, absmax, blocksize, tuple(out.shape), out.dtype, nested, quant_type))
@@ -500,7 +508,7 @@ odd-byte: the last byte of an odd count never read
 - byte < left - left // 2
 + byte < left // 2
 tail-unwritten: the last partial tile left out
-- triton.cdiv(n, blocksize * c.blocks), out
+- cdiv(n, blocksize * c.blocks), out
 + max(1, n // (blocksize * c.blocks)), out
 row-major-lost: codes taken in the order of memory instead of the tensor's
 - out, packed.contiguous(), absmax

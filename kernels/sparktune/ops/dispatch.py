@@ -14,6 +14,8 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sparktune.ops.launching import start
+
 Way = Literal["triton", "interpreter", "reference"]
 WAYS: tuple[Way, ...] = ("triton", "interpreter", "reference")
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # decided when kernels are decorated, so fixed for the process
@@ -49,7 +51,10 @@ def reset() -> None:
 def record(op: str, way: Way) -> None:
     """Count one call of `op`; ops call this after the work was done or launched without an error."""
     with _lock:
-        _counts.setdefault(op, dict.fromkeys(WAYS, 0))[way] += 1
+        ways = _counts.get(op)
+        if ways is None:
+            ways = _counts[op] = dict.fromkeys(WAYS, 0)
+        ways[way] += 1
 
 
 def route(op: str, *tensors: torch.Tensor) -> Way:
@@ -93,8 +98,12 @@ def launch(
     name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"  # the same compiled and interpreted
     grid = programs if isinstance(programs, tuple) else (programs,)
     if tensor.is_cuda:
-        with torch.cuda.device(tensor.device):
-            kernel[grid](*args, enable_fp_fusion=fp_fusion, **options)
+        device, options = tensor.device.index, {**options, "enable_fp_fusion": fp_fusion}
+        if device == torch.cuda.current_device():
+            start(kernel, grid, device, args, options)
+        else:
+            with torch.cuda.device(device):
+                start(kernel, grid, device, args, options)
     else:
         kernel[grid](*args, **options)
     with _lock:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparktune.ops import dispatch
+from sparktune.ops.launching import cdiv
 from sparktune.ops.numerics import cast
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Launch
 
@@ -74,7 +75,7 @@ def drop(x: Tensor, seed: Tensor, dropout: float, onto: Tensor | None = None) ->
     if x.numel():
         other = x if onto is None else onto
         dispatch.launch(
-            drop_kernel, m * triton.cdiv(k, 1024), x, x, other, y, seed, k, x.stride(0), other.stride(0), k,
+            drop_kernel, m * cdiv(k, 1024), x, x, other, y, seed, k, x.stride(0), other.stride(0), k,
             int(dropout * 2**32), 1 - dropout, ADD=onto is not None, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return y

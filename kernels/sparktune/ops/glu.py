@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
+from sparktune.ops.launching import cdiv
 from sparktune.ops.numerics import cast
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Problem, Tensors
 
@@ -90,7 +91,7 @@ def launch(kernel: Any, tensors: Sequence[Tensor], *scalars: Any, **constants: A
         m, n = flat[0].shape
     c = Config.choose(m * n, DeviceProperties.of(tensors[0].device))
     dispatch.launch(
-        kernel, m * triton.cdiv(n, c.block), tensors[0], *flat, n, *(t.stride(0) for t in flat), *scalars,
+        kernel, m * cdiv(n, c.block), tensors[0], *flat, n, *(t.stride(0) for t in flat), *scalars,
         BLOCK=c.block, num_warps=c.num_warps, **constants,
     )  # fmt: skip
 

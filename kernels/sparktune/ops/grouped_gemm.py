@@ -31,6 +31,7 @@ from torch import Tensor
 
 from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
+from sparktune.ops.launching import cdiv, next_power_of_2
 from sparktune.ops.numerics import INTERPRETED, cast
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Launch
 
@@ -178,7 +179,7 @@ class Config:
         if dtype == torch.float32 or step == 1:
             rows, cols, depth, warps = (16 if each <= 16 else 64), 64, 32, 4
         elif n <= 64:
-            rows, cols, depth, warps = (16 if each <= 16 else 64), max(16, triton.next_power_of_2(n)), 128, 4
+            rows, cols, depth, warps = (16 if each <= 16 else 64), max(16, next_power_of_2(n)), 128, 4
         elif each <= 64:
             rows, cols, depth, warps = (16 if each <= 16 else 64), 128, 64, 4
         else:
@@ -187,7 +188,7 @@ class Config:
         stage = (rows + cols) * depth * dtype.itemsize
         stages = max(2, min(cls.STAGES, p.shared_memory_per_block // stage))
         resident = max(1, min(p.shared_memory_per_block // (stages * stage), p.threads_per_sm // (32 * warps)))
-        tiles = (m // rows + min(m, experts + 1)) * triton.cdiv(n, cols)  # at most: each group ends in a partial one
+        tiles = (m // rows + min(m, experts + 1)) * cdiv(n, cols)  # at most: each group ends in a partial one
         return cls(rows, cols, depth, warps, stages, max(1, min(tiles, resident * p.sm_count)))
 
 
@@ -205,7 +206,7 @@ class OuterConfig:
     def choose(cls, high: int, wide: int, dtype: torch.dtype, p: DeviceProperties) -> OuterConfig:
         """A low rank is one block on its side; the other side is cut into 128 columns, or 64 in fp32."""
         most = 64 if dtype == torch.float32 else 128
-        sides = [max(16, min(most, triton.next_power_of_2(max(1, s)))) for s in (high, wide)]
+        sides = [max(16, min(most, next_power_of_2(max(1, s)))) for s in (high, wide)]
         if min(sides) > 64 and p.shared_memory_per_block < Config.LARGE:
             sides[0] = 64
         rows = 32 if dtype == torch.float32 else 64
@@ -221,7 +222,7 @@ def unit(dtype: torch.dtype, *numbers: int) -> int:
 
 def ranks(b: Tensor | None) -> int:
     """How many ranks the low-rank term takes at a step."""
-    return 16 if b is None else max(16, min(64, int(triton.next_power_of_2(b.shape[2]))))
+    return 16 if b is None else max(16, min(64, int(next_power_of_2(b.shape[2]))))
 
 
 def laid(w: Tensor) -> tuple[Tensor, bool]:
@@ -254,7 +255,7 @@ def grouped(
         grouped_kernel, c.programs, x, x, w, y, offsets, offsets if rows is None else rows, x if t is None else t,
         factor, x if bias is None else bias, m, n // step, k // step, experts, 0 if b is None else b.shape[2],
         x.stride(0) // step, w.stride(0) // step, w_stride // step, 0 if t is None else t.stride(0), *factor.stride(), scale,
-        fp_fusion=True, GROUPS=triton.next_power_of_2(experts + 1), UNIT=step, ACROSS=along_n,
+        fp_fusion=True, GROUPS=next_power_of_2(experts + 1), UNIT=step, ACROSS=along_n,
         GATHER=rows is not None, LORA=b is not None, BIAS=bias is not None, EVEN=k % c.depth == 0, ROWS=c.rows,
         COLS=c.cols, DEPTH=c.depth, RANKS=ranks(b), num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
@@ -274,7 +275,7 @@ def outer(
     p, q = dispatch.rows(p), dispatch.rows(q)
     c = OuterConfig.choose(high, wide, p.dtype, DeviceProperties.of(p.device))
     step = unit(p.dtype, high, wide, p.stride(0), q.stride(0))
-    programs = experts * triton.cdiv(high, c.high) * triton.cdiv(wide, c.wide)
+    programs = experts * cdiv(high, c.high) * cdiv(wide, c.wide)
     dispatch.launch(
         outer_kernel, programs, p, p, q, out, offsets, offsets if rows is None else rows, high // step, wide // step,
         p.stride(0) // step, q.stride(0) // step,

@@ -7,6 +7,8 @@ it; `forward_packed` and `backward_packed` multiply by it.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from sparktune.ops import dispatch
 from sparktune.ops.dropout import drop
+from sparktune.ops.launching import next_power_of_2
 from sparktune.ops.numerics import cast
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Launch
 from sparktune.ops.weights import Weight
@@ -58,17 +61,17 @@ class Stack:
 
     ALIGN = 16  # elements: 32 bytes in 16 bits
 
-    @property
+    @functools.cached_property
     def n(self) -> int:
         """Rows of all weights."""
         return sum(w.shape[0] for w in self.weights)
 
-    @property
+    @functools.cached_property
     def k(self) -> int:
         """Width of the input."""
         return self.weights[0].shape[1]
 
-    @property
+    @functools.cached_property
     def r(self) -> int:
         """Columns beside W: ranks and the bias, padded; 0 without either."""
         wanted = sum(self.ranks) + self.biased
@@ -76,25 +79,42 @@ class Stack:
 
     def rows(self, i: int) -> slice:
         """Rows of layer i."""
-        first = sum(w.shape[0] for w in self.weights[:i])
+        first = self._starts[i]
         return slice(first, first + self.weights[i].shape[0])
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        return list(itertools.accumulate((w.shape[0] for w in self.weights), initial=0))
 
     def slot(self, i: int) -> slice:
         """Layer i's ranks, counted from the first column beside W, or the first row below it."""
         first = sum(self.ranks[:i])
         return slice(first, first + self.ranks[i])
 
-    @property
+    def around(self, i: int) -> tuple[Config, slice, int, int, int]:
+        """How layer i's `adapter_kernel` starts: its configuration and slot, the end of the rows below that are its to
+        write, and its programs beside the weight and below."""
+        return self._around[i]
+
+    @functools.cached_property
+    def _around(self) -> list[tuple[Config, slice, int, int, int]]:
+        c, found = Config.choose(self.r), []
+        for i, w in enumerate(self.weights):
+            slot, last = self.slot(i), i + 1 == len(self.weights)
+            found.append((c, slot, self.r if last else slot.stop, -(-w.shape[0] // c.tile), -(-self.k // c.tile)))
+        return found
+
+    @functools.cached_property
     def room(self) -> int:
         """Columns to leave right of an input's rows, so that its low-rank product lands beside it."""
         return behind(self.k, self.r)
 
-    @property
+    @functools.cached_property
     def room_out(self) -> int:
         """The same, right of an output gradient's rows."""
         return behind(self.n, self.r)
 
-    @property
+    @functools.cached_property
     def one(self) -> int:
         """The column that the biases share."""
         return sum(self.ranks)
@@ -158,7 +178,7 @@ class Config:
     @classmethod
     def choose(cls, r: int) -> Config:
         """About 2048 elements a program: there are few of these programs, and a GEMM waits for them."""
-        block = max(16, triton.next_power_of_2(r))
+        block = max(16, next_power_of_2(r))
         return cls(block, max(4, 1024 // block))
 
 
@@ -174,19 +194,17 @@ def pack(
     p = torch.empty(n + r, k + stack.room, dtype=dtype, device=stack.weights[0].device)[:, : k + r]
     width = p.stride(0)
     for i, w in enumerate(stack.weights):
-        rows, slot, last = stack.rows(i), stack.slot(i), i + 1 == len(stack.weights)
+        rows = stack.rows(i)
         if weights:
             w.into(p[rows, :k])
         if r == 0:
             continue
-        c = Config.choose(r)
-        below = -(-k // c.tile)
-        beside = -(-w.shape[0] // c.tile)
+        c, slot, last, beside, below = stack.around(i)
         ai, bi, zi = a[i], b[i], bias[i]
         dispatch.launch(
             adapter_kernel, beside + below, p, p, p if ai is None else ai, p if bi is None else bi, p if zi is None else zi,
             scales[i], w.shape[0], k, width, rows.start * width + k, n * width, slot.start, stack.ranks[i],
-            r if last else slot.stop, stack.one, r, *(ai.stride() if ai is not None else (0, 0)),
+            last, stack.one, r, *(ai.stride() if ai is not None else (0, 0)),
             *(bi.stride() if bi is not None else (0, 0)), beside,
             LORA=ai is not None, BIAS=zi is not None, R_BLOCK=c.r_block, TILE=c.tile, num_warps=4,
         )  # fmt: skip

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
+from sparktune.ops.launching import cdiv, next_power_of_2
 from sparktune.ops.numerics import cast
 from sparktune.ops.softmax_rows import capped, gradient, label_gradient, log_sum_exp
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Launch
@@ -163,7 +164,7 @@ class Config:
         read and written in fp32 once a chunk, 8 bytes for every 2 of the weight: chunks are then twice as large.
         """
         if not chunk:
-            wanted = triton.next_power_of_2(cls.TILES * p.sm_count * 128 * 256 // v)
+            wanted = next_power_of_2(cls.TILES * p.sm_count * 128 * 256 // v)
             chunk = min(4096, max(1024, wanted) * (2 if trained else 1))
         chunk = max(1, min(chunk, rows))
         # Rows at work stay in L2: 4 programs of 8 warps for an SM where so many rows fit, else one of 32, of 64
@@ -227,7 +228,7 @@ def add_product(onto: Tensor, x: Tensor, y: Tensor) -> None:
 
 
 def _tiles(rows: int, k: int) -> tuple[int, int]:
-    return triton.cdiv(rows, COPY_ROWS), triton.cdiv(k, COPY_BLOCK)
+    return cdiv(rows, COPY_ROWS), cdiv(k, COPY_BLOCK)
 
 
 def plan(labels: Tensor, ignore_index: int) -> Tensor:
@@ -251,7 +252,7 @@ def run(
     c = Config.choose(rows, v, dtype.itemsize, sums.weight.numel() > 0, chunk, p)
     hidden, weight = dispatch.rows(hidden), weight.to(dtype)
     bias, a, b = (None if t is None else t.to(dtype) for t in (bias, a, b))
-    buffer = torch.empty((c.chunk, triton.cdiv(v, 64) * 64), dtype=dtype, device=hidden.device)
+    buffer = torch.empty((c.chunk, cdiv(v, 64) * 64), dtype=dtype, device=hidden.device)
     gathered = torch.empty((c.chunk, k), dtype=dtype, device=hidden.device) if order is not None else hidden
     wanted = any(t.numel() for t in (dh, sums.weight, sums.bias, sums.a, sums.b))
     for start in range(0, rows, c.chunk):

@@ -18,7 +18,7 @@ Source: Knuth, "The Art of Computer Programming" 3, 5.2, distribution counting.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sparktune.ops import dispatch
 from sparktune.ops.fused import Fused
+from sparktune.ops.launching import cdiv, next_power_of_2
 from sparktune.ops.spec import Launch
 
 BLOCK = 512  # choices a program
@@ -111,15 +112,15 @@ def _forward(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=indices.device)
 
-    choices, groups = indices.numel(), triton.next_power_of_2(experts + 1)
+    choices, groups = indices.numel(), next_power_of_2(experts + 1)
     offsets, rows, positions = new(experts + 1), new(choices), new(*indices.shape)
     if not choices:
         return offsets.zero_(), rows, positions
     indices = indices.contiguous()
-    blocks, some = triton.cdiv(choices, BLOCK), max(16, ELEMENTS // groups)
+    blocks, some = cdiv(choices, BLOCK), max(16, ELEMENTS // groups)
     some = min(some, BLOCK)
     counts = new(blocks, groups)
-    options = dict(BLOCK=BLOCK, GROUPS=groups, SOME=some, num_warps=8)
+    options: dict[str, Any] = dict(BLOCK=BLOCK, GROUPS=groups, SOME=some, num_warps=8)
     dispatch.launch(count_kernel, blocks, indices, indices, counts, choices, experts, **options)
     dispatch.launch(
         place_kernel, blocks, indices, indices, counts, offsets, rows, positions, choices, experts, indices.shape[1],
@@ -149,7 +150,7 @@ def launches() -> list[Launch]:
     """8, 128 and 512 experts."""
     found = []
     for experts in (8, 128, 512):
-        groups = triton.next_power_of_2(experts + 1)
+        groups = next_power_of_2(experts + 1)
         flags = {"BLOCK": BLOCK, "GROUPS": groups, "SOME": min(BLOCK, max(16, ELEMENTS // groups))}
         for kernel, pointers, scalars in (
             ("count_kernel", "counts", "choices experts"),

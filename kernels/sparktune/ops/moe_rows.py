@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
+from sparktune.ops.launching import next_power_of_2
 from sparktune.ops.numerics import cast
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Launch
 
@@ -88,8 +89,8 @@ class Config:
     @classmethod
     def choose(cls, top_k: int, width: int, p: DeviceProperties) -> Config:
         """Blocks that are short for narrow rows and for many places."""
-        places = triton.next_power_of_2(max(1, top_k))
-        block = max(64, min(1024, cls.ELEMENTS // places, triton.next_power_of_2(max(1, width))))
+        places = next_power_of_2(max(1, top_k))
+        block = max(64, min(1024, cls.ELEMENTS // places, next_power_of_2(max(1, width))))
         return cls(places, block, 4)
 
 

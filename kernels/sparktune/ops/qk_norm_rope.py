@@ -41,6 +41,7 @@ from sparktune.ops.device import DeviceProperties
 from sparktune.ops.fused import Fused
 from sparktune.ops.head_norms import backward_heads, forward_heads, store
 from sparktune.ops.head_problems import head_bytes, head_inputs, heads_of, rows_of, table_inputs, tail
+from sparktune.ops.launching import cdiv
 from sparktune.ops.rms_norm import VARIANTS
 from sparktune.ops.rms_norm import reference as rms_norm_reference
 from sparktune.ops.rope import Config as RopeConfig
@@ -147,8 +148,8 @@ class Config:
         """Every token a program; with `sums` over tokens, as few programs as keep the memory busy."""
         heads = RopeConfig.choose(q_heads, k_heads, head_dim, rotary, cls.ELEMENTS)
         resident = p.sm_count * max(1, min(cls.PROGRAMS_PER_SM, p.threads_per_sm // (32 * heads.num_warps)))
-        each = triton.cdiv(tokens, min(tokens, resident)) if sums else 1
-        return cls(heads, triton.cdiv(tokens, each), each)
+        each = cdiv(tokens, min(tokens, resident)) if sums else 1
+        return cls(heads, cdiv(tokens, each), each)
 
     def constants(self, rotary: int, head_dim: int) -> dict[str, Any]:
         """The kernels' compile-time sizes."""

@@ -36,6 +36,7 @@ from sparktune.ops import dispatch
 from sparktune.ops.dequantize_4bit import BLOCKSIZES, NF4, TABLES
 from sparktune.ops.device import DeviceProperties
 from sparktune.ops.fused import Fused
+from sparktune.ops.launching import cdiv
 from sparktune.ops.numerics import reciprocal
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Mutant, OpSpec, Outputs, Peer, Problem, Tensors
 
@@ -117,12 +118,12 @@ class Config:
 def _forward(x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
     n = x.numel()
     packed = torch.empty(((n + 1) // 2, 1), dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(triton.cdiv(n, blocksize), dtype=torch.float32, device=x.device)
+    absmax = torch.empty(cdiv(n, blocksize), dtype=torch.float32, device=x.device)
     if n and not isinstance(x, FakeTensor):  # whose tables would stay fakes
         c = Config.choose(blocksize, DeviceProperties.of(x.device))
         middle, codes = _tables(x.device, quant_type)
         dispatch.launch(
-            quantize_kernel, triton.cdiv(n, blocksize * c.blocks), x, x.contiguous(), middle, codes, packed, absmax, n,
+            quantize_kernel, cdiv(n, blocksize * c.blocks), x, x.contiguous(), middle, codes, packed, absmax, n,
             FP4=quant_type == "fp4", COUNT=middle.numel(), HALF=blocksize // 2, BLOCKS=c.blocks, num_warps=c.num_warps,
         )  # fmt: skip
     return packed, absmax
@@ -248,7 +249,7 @@ neighbour-scale: scale of the first block of a program for all of them
 - x * inverse[:, None], float
 + x * tl.max(inverse, 0), float
 tail-unwritten: the last partial tile left out
-- triton.cdiv(n, blocksize * c.blocks), x
+- cdiv(n, blocksize * c.blocks), x
 + max(1, n // (blocksize * c.blocks)), x
 row-major-lost: elements taken in the order of memory instead of the tensor's
 - x, x.contiguous(), middle

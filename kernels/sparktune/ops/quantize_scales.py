@@ -34,6 +34,7 @@ from sparktune.ops.dequantize_4bit import Nested
 from sparktune.ops.device import DeviceProperties
 from sparktune.ops.dynamic_map import dynamic_map
 from sparktune.ops.fused import Fused
+from sparktune.ops.launching import cdiv
 from sparktune.ops.numerics import reciprocal
 from sparktune.ops.spec import FLOATS, Input, Launch, Law, Mutant, OpSpec, Outputs, Peer, Problem, Tensors
 
@@ -79,10 +80,10 @@ def _forward(absmax: Tensor, code: Tensor, per_scale: int) -> tuple[Tensor, Tens
     n = absmax.numel()
     offset = absmax.mean().reshape(1)  # bitsandbytes' sum, so its bits
     codes = torch.empty(n, dtype=torch.uint8, device=absmax.device)
-    outer = torch.empty(triton.cdiv(n, per_scale), dtype=torch.float32, device=absmax.device)
+    outer = torch.empty(cdiv(n, per_scale), dtype=torch.float32, device=absmax.device)
     if n:
         dispatch.launch(
-            scales_kernel, triton.cdiv(n, per_scale), absmax, absmax.contiguous(), offset, thresholds(code), codes,
+            scales_kernel, cdiv(n, per_scale), absmax, absmax.contiguous(), offset, thresholds(code), codes,
             outer, n, PER_SCALE=per_scale, num_warps=4,
         )  # fmt: skip
     return codes, outer, offset
@@ -194,7 +195,7 @@ first-outer: every outer scale written over the first
 - outer_ptr + tl.program_id(0), a2
 + outer_ptr, a2
 tail-unwritten: the last, shorter block left out
-- scales_kernel, triton.cdiv(n, per_scale), absmax
+- scales_kernel, cdiv(n, per_scale), absmax
 + scales_kernel, max(1, n // per_scale), absmax
 memory-order: scales taken in the order of memory
 - absmax.contiguous(), offset

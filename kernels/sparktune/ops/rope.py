@@ -38,6 +38,7 @@ from torch import Tensor
 from sparktune.ops import dispatch
 from sparktune.ops.fused import Fused
 from sparktune.ops.head_problems import head_bytes, head_inputs, heads_of, rows_of, table_inputs, tail
+from sparktune.ops.launching import next_power_of_2
 from sparktune.ops.numerics import cast
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
 
@@ -156,10 +157,10 @@ class Config:
     @classmethod
     def choose(cls, q_heads: int, k_heads: int, head_dim: int, rotary: int, elements: int = ELEMENTS) -> Config:
         """Tiles of all heads, up to `elements` elements."""
-        half, rest = triton.next_power_of_2(rotary // 2), triton.next_power_of_2(max(1, head_dim - rotary))
+        half, rest = next_power_of_2(rotary // 2), next_power_of_2(max(1, head_dim - rotary))
         fit = max(1, elements // (2 * half + (rest if head_dim > rotary else 0)))
         most = 1 << (fit.bit_length() - 1)  # a power of two
-        q, k = (min(most, triton.next_power_of_2(max(1, h))) for h in (q_heads, k_heads))
+        q, k = (min(most, next_power_of_2(max(1, h))) for h in (q_heads, k_heads))
         return cls(half, rest, q, k, 4)
 
 

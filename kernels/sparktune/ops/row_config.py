@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
-
 from sparktune.ops.device import DeviceProperties
+from sparktune.ops.launching import cdiv
 
 
 @dataclass(frozen=True)
@@ -42,5 +41,5 @@ class RowConfig:
         fits = ((b, w) for b, w in cls.BLOCKS if n <= b and (not sums or b <= cls.SUMS_WIDEST))
         block, warps = next(fits, cls.WIDE)
         resident = p.sm_count * max(1, min(cls.WARPS_PER_SM, p.threads_per_sm // 32) // warps)
-        rows_each = triton.cdiv(m, min(m, resident)) if sums else 1
-        return cls(block, n <= block, warps, triton.cdiv(m, rows_each), rows_each)
+        rows_each = cdiv(m, min(m, resident)) if sums else 1
+        return cls(block, n <= block, warps, cdiv(m, rows_each), rows_each)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +69,20 @@ class Weight:
 
     def into(self, out: Tensor) -> None:
         """Write the matrix into `out` [N, K], a view with unit stride along K, in out's dtype; nothing beside it."""
-        if tuple(out.shape) != self.shape:
+        if out.shape != self.shape:
             raise ValueError(f"a weight of {list(self.shape)} does not fit {list(out.shape)}")
         if self.absmax is None:
             out.copy_(self.data)
         else:
-            fourbit.dequantize_into(out, self.data, self.absmax, self.blocksize, self.nested, self.quant_type)
+            fourbit.write(out, self._codes, self.absmax, self.blocksize, self.nested, self.quant_type)
+
+    @functools.cached_property
+    def _codes(self) -> Tensor:
+        """The codes as bytes; that all parts fit each other is checked once, since a step asks 20 times a layer."""
+        assert self.absmax is not None
+        codes = fourbit.as_bytes(self.data)
+        fourbit.check(codes, self.absmax, self.blocksize, self.shape, self.nested, self.quant_type)
+        return codes
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix in `dtype`: a dense one is itself where it already has it."""

@@ -2,8 +2,9 @@
 
 Time is the sum of products and attention at the device's rates and of everything else at the speed of a copy; nothing is
 assumed to overlap. Memory is what lies there between steps (weights, embeddings, LoRA with gradients and moments), each
-layer's input and what the budget keeps of it, and the largest set of temporary buffers, which the backward of a layer's MLP or
-the loss has. Flops of a product [M, K] x [K, N] are 2 M N K; of causal attention over rows of S tokens 2 M S width.
+layer's input and what the budget keeps of it, and the largest set of buffers besides, which the backward of a layer's MLP
+or the loss has; what the last layer keeps for nothing is among these. Flops of a product [M, K] x [K, N] are 2 M N K; of
+causal attention over rows of S tokens 2 M S width.
 
 Sources: Dettmers et al., "QLoRA", 2023 (bytes of NF4 with nested scales); Williams et al., "Roofline", 2009.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparktune.models.checkpointing import ALL, KINDS, spend
+from sparktune.models.checkpointing import ALL, KINDS, LayerShape, spare, spend
 from sparktune.ops.lora_packed import behind
 from sparktune.planning.ceilings import DEVICES, Ceilings
 from sparktune.planning.shapes import ModelShape
@@ -81,16 +82,25 @@ def plan(
         raise ValueError("batch, sequence, rank and documents must be 1 or more")
     shape = model if isinstance(model, ModelShape) else ModelShape.of(model)
     tokens, row = batch * sequence, -(-sequence // documents)
-    kept = spend(budget, tokens, row, [shape.layer()] * shape.layers)
+    rows = min(tokens, max(1024, CHUNK * device.sms // shape.vocabulary))
+    free = spare(tokens, shape.layer(), shape.vocabulary, rows)
+    kept = spend(budget, tokens, row, [shape.layer()] * shape.layers, free)
     counts = {kind: sum(kind in k for k in kept) for kind in KINDS}
     return Plan(
-        device, shape, batch, sequence, _bytes(shape, tokens, rank, kept, load_in_4bit, lora_itemsize, device.sms),
+        device, shape, batch, sequence, _bytes(shape, tokens, rank, kept, load_in_4bit, lora_itemsize, rows, budget),
         _milliseconds(shape, tokens, row, rank, kept, load_in_4bit, device), counts,
     )  # fmt: skip
 
 
 def _bytes(
-    s: ModelShape, tokens: int, rank: int, kept: list[frozenset[str]], load_in_4bit: bool, lora_itemsize: int, sms: int
+    s: ModelShape,
+    tokens: int,
+    rank: int,
+    kept: list[frozenset[str]],
+    load_in_4bit: bool,
+    lora_itemsize: int,
+    rows: int,
+    budget: float,
 ) -> dict[str, float]:
     layer, trained = s.layer(), s.lora_elements(rank) * s.layers
     ranks = {n: -(-c * rank // 16) * 16 for n, c in (("qkv", 3), ("o", 1), ("gate_up", 2), ("down", 1))}
@@ -98,15 +108,13 @@ def _bytes(
         n: (width, k, behind(k, ranks[n]), behind(width, ranks[n])) for n, (width, k) in s.projections.items()
     }  # fmt: skip
     buffers = {n: (w + ranks[n]) * (k + room) * 2 for n, (w, k, room, _) in widths.items()}
-    stay = sum(tokens * layer.bytes_of(kind) for k in kept for kind in k)
-    # The MLP's backward: what it is made from, and dh beside gate and up. What a layer keeps is not made again.
-    remade = sum(tokens * layer.bytes_of(kind) for kind in KINDS if kind not in kept[-1])
-    gate_up = tokens * 2 * s.inner * 2
-    mlp = remade + tokens * (s.inner + widths["down"][2]) * 2 + tokens * s.hidden * 2 + buffers["down"]
-    then = remade + tokens * (s.inner + 2 * s.hidden) * 2 + buffers["gate_up"]
-    attention = remade - ("gate_up" not in kept[-1]) * gate_up + tokens * (3 * s.q + 4 * s.kv + 2 * s.hidden) * 2
-    rows = min(tokens, max(1024, CHUNK * sms // s.vocabulary))
-    loss = rows * s.vocabulary * 2 + 2 * tokens * s.hidden * 2
+    alive = [tokens * sum(layer.bytes_of(kind) for kind in k) for k in kept]
+    stay = min(float(sum(alive)), budget)
+    # At the end of the forward everything kept is there beside the loss; in a layer's backward what it and those before keep.
+    phases: list[float] = [sum(alive) + rows * (s.vocabulary + s.hidden) * 2 + 3 * tokens * s.hidden * 2]
+    for i, k in enumerate(kept):
+        remade = tokens * sum(layer.bytes_of(kind) for kind in KINDS if kind not in k)
+        phases.append(sum(alive[: i + 1]) + remade + _backward(s, layer, tokens, widths, buffers))
     return {
         "weights": s.layer_weights * s.layers * (NF4 if load_in_4bit else 2),
         "embedding and head": s.vocabulary * s.hidden * 2 * (1 if s.tied else 2),
@@ -114,8 +122,21 @@ def _bytes(
         "layer inputs": tokens * s.hidden * 2 * (s.layers + 1),
         "low-rank products": tokens * sum(ranks.values()) * 2 * s.layers,
         "kept activations": stay,
-        "temporary": max(mlp, then, attention + buffers["qkv"], loss),
+        "temporary": max(phases) - stay,
     }
+
+
+def _backward(
+    s: ModelShape, layer: LayerShape, tokens: int, widths: dict[str, tuple[int, int, int, int]], buffers: dict[str, int]
+) -> float:  # fmt: skip
+    """The most that one layer's backward has beside what it is made from: the buffers of its weights, and gradients."""
+    rows = tokens * s.hidden * 2
+    again = buffers["gate_up"] + 2 * rows  # the second norm's rows, and the gradient that came in
+    down = tokens * (s.inner + widths["down"][2]) * 2 + rows + buffers["down"]
+    dx = buffers["gate_up"] + 2 * rows
+    gate_up = tokens * layer.bytes_of("gate_up")
+    attention = tokens * (3 * s.q + 4 * s.kv) * 2 + 2 * rows + buffers["qkv"] - gate_up
+    return float(max(again, down, dx, attention))
 
 
 def _milliseconds(
