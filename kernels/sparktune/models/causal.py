@@ -16,7 +16,8 @@ from sparktune.models import checkpointing
 from sparktune.models.attention import without_masks
 from sparktune.models.documents import Documents
 from sparktune.models.projection import Unfit, active_lora, note_fallback, unhooked
-from sparktune.ops.linear_cross_entropy import linear_cross_entropy
+from sparktune.models.valid_rows import ValidRows
+from sparktune.ops.linear_cross_entropy import linear_cross_entropy, shift_labels
 
 
 class Backbone:
@@ -59,16 +60,16 @@ class CausalLM:
         use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """As transformers' own. With labels in training `logits` is None; `num_items_in_batch` divides the sum."""
-        shift_labels = kwargs.pop("shift_labels", None)
+        shifted = kwargs.pop("shift_labels", None)
         everything = dict(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
         )  # fmt: skip
-        why = self._not_fused(labels, shift_labels, kwargs)
+        why = self._not_fused(labels, shifted, kwargs)
         if why is not None:
             if why:
                 note_fallback("the loss", why)
-            extra = {} if shift_labels is None else {"shift_labels": shift_labels}
+            extra = {} if shifted is None else {"shift_labels": shifted}
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **everything, **extra)  # type: ignore[misc]
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -83,9 +84,11 @@ class CausalLM:
                 given.shape[0], given.shape[1], given.device, attention_mask, position_ids, everything
             )
             everything["documents"] = documents
+        targets = self._targets(labels, shifted, documents)
+        valid = ValidRows(targets)
         outputs = self._decoder(**everything)
         hidden = outputs.last_hidden_state
-        loss = self._loss(hidden, labels, shift_labels, documents, count)
+        loss = self._loss(hidden, targets, valid, count)
         logits = None if self.training and torch.is_grad_enabled() else self._logits(hidden, logits_to_keep)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
@@ -110,21 +113,27 @@ class CausalLM:
     def _decoder(self: Any) -> Any:
         return self.model
 
+    def _targets(self: Any, labels: Tensor | None, shifted: Tensor | None, documents: Documents | None) -> Tensor:
+        """Each position's next token [B, S], on the head's device."""
+        device = head(self.lm_head)[0].device
+        if shifted is not None:
+            return shifted.to(device)
+        assert labels is not None
+        labels = labels.to(device)
+        if documents is not None and documents.packed:
+            labels = documents.without_first(labels)
+        return shift_labels(labels)
+
     def _loss(
-        self: Any, hidden: Tensor, labels: Tensor | None, shift_labels: Tensor | None, documents: Documents | None,
-        count: Tensor | float | None,
+        self: Any, hidden: Tensor, targets: Tensor, valid: ValidRows, count: Tensor | float | None
     ) -> Tensor:  # fmt: skip
-        targets = labels if shift_labels is None else shift_labels
-        assert targets is not None
         targets = targets.to(hidden.device)
-        if shift_labels is None and documents is not None and documents.packed:
-            targets = documents.without_first(targets)
         weight, bias, a, b, scale = head(self.lm_head)
         if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(weight.dtype)
         loss, _ = linear_cross_entropy(
             hidden, weight, targets, bias=bias, num_items_in_batch=count, softcap=self._softcap, logit_scale=self._scale,
-            lora_a=a, lora_b=b, lora_scale=scale, shift=shift_labels is None,
+            lora_a=a, lora_b=b, lora_scale=scale, valid_rows=valid.read(),
         )  # fmt: skip
         return loss
 

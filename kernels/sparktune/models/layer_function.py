@@ -60,11 +60,12 @@ class Call:
 
 
 def project(
-    group: Group, x: Tensor, onto: Tensor | None = None, tail_free: bool = False, room: int = 0
+    group: Group, x: Tensor, onto: Tensor | None = None, tail_free: bool = False, room: int = 0,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(onto + x W^T + LoRA [M, N] in rows with room, x A^T [M, R]) for a group's input x [M, K]."""
+    """(onto + x W^T + LoRA [M, N] in rows with room, x A^T [M, R], or `known`) for a group's input x [M, K]."""
     p = pack(group.stack, group.a, group.b, group.bias, group.scales, x.dtype)
-    return forward_packed(x, p, group.stack.n, group.one, tail_free=tail_free, onto=onto, room=room)
+    return forward_packed(x, p, group.stack.n, group.one, tail_free=tail_free, onto=onto, room=room, known=known)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float, order: str, room: int) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ def advance(call: Call, x: Tensor, state: State) -> tuple[Tensor, Tensor | None,
     r1 = None
     if state.qkv is None:
         n1, r1 = normed(x, p.norm1, p.eps1, p.order, p.qkv.stack.room)
-        state.qkv, tails[0] = project(p.qkv, n1, tail_free=True)
+        state.qkv, tails[0] = project(p.qkv, n1, tail_free=True, known=tails[0])
         dispatch.record("lora_qkv", way)
         del n1
         place(call, state)
@@ -128,12 +129,14 @@ def advance(call: Call, x: Tensor, state: State) -> tuple[Tensor, Tensor | None,
         q, k, v = views(call, state)
         state.attended = Attended(q, k, v, call.documents, p.scale, p.window, None, None)
     if state.x1 is None:
-        state.x1, tails[1] = project(p.o, state.attended.output.reshape(x.shape[0], -1), onto=x)
+        state.x1, tails[1] = project(p.o, state.attended.output.reshape(x.shape[0], -1), onto=x, known=tails[1])
         dispatch.record("lora_linear", way)
     n2 = r2 = None
     if state.eu is None:
         n2, r2 = normed(state.x1, p.norm2, p.eps2, p.order, p.gate_up.stack.room)
-        state.eu, tails[2] = project(p.gate_up, n2, tail_free=True, room=p.gate_up.stack.room_out)
+        state.eu, tails[2] = project(
+            p.gate_up, n2, tail_free=True, room=p.gate_up.stack.room_out, known=tails[2]
+        )  # fmt: skip
     state.tails = tuple(tails)
     return r1, n2, r2  # type: ignore[return-value]
 
@@ -285,7 +288,7 @@ def _factors(
         return
     assert tail is not None
     wanted = [flag for i in range(len(g.a)) for flag in (need[2 * i], need[2 * i + 1], False)]
-    grads = factor_gradients(g.stack, dy, x, tail, dtail, g.a, g.b, g.bias, g.scales, wanted)
+    grads = factor_gradients(g.stack, dy, x, tail, dtail, g.a, g.b, g.bias, g.scales, wanted, apart=False)
     for i in range(len(g.a)):
         for j in (0, 1):
             if need[2 * i + j]:

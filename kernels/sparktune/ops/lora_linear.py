@@ -268,8 +268,8 @@ no-branch-in-dx @lora_packed: dx of the base alone
 - return (tail @ p[n:, :k]).addmm_(dy, p[:n, :k]), tail
 + return (tail @ p[n:, :k]).mul_(0).addmm_(dy, p[:n, :k]), tail
 no-branch-in-dx-copied @lora_packed: dx of the base alone where dy is copied
-- return row @ p[:, :k], row[:, n:].clone()
-+ return row[:, :n] @ p[:n, :k], row[:, n:].clone()
+- return row @ p[:, :k], row[:, n:]
++ return row[:, :n] @ p[:n, :k], row[:, n:]
 bias-everywhere @lora_packed: the column of ones left out
 - row[:, k + one] = 1.0
 + row[:, k + one] = 0.0

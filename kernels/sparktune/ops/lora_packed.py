@@ -225,12 +225,12 @@ def with_room(x: Tensor, r: int) -> Tensor | None:
 
 def forward_packed(
     x: Tensor, p: Tensor, n: int, one: int | None, branch_input: Tensor | None = None, tail_free: bool = False,
-    onto: Tensor | None = None, room: int = 0,
+    onto: Tensor | None = None, room: int = 0, known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [M, n], x' A^T [M, r]) for x [M, K] and the buffer P; `one`: the column of P that biases stand in.
 
     `onto` [M, n] is added within the product, before its one rounding, and stays as it is. `room`: columns to leave right
-    of y's rows.
+    of y's rows. `known`: x' A^T as an earlier call returned it, which is then not computed again.
     """
     k = x.shape[1]
     r = p.shape[1] - k
@@ -242,10 +242,13 @@ def forward_packed(
         row = torch.empty(x.shape[0], k + behind(k, r), dtype=x.dtype, device=x.device)[:, : k + r]
         row[:, :k].copy_(x)
     if row is None:
-        tail = x_branch @ p[n:, :k].t()
-        if one is not None:
+        tail = x_branch @ p[n:, :k].t() if known is None else known
+        if one is not None and known is None:
             tail[:, one] = 1.0
         return _onto(onto, tail, p[:n, k:].t(), room).addmm_(x, p[:n, :k].t()), tail
+    if known is not None:
+        row[:, k:].copy_(known)
+        return _onto(onto, row, p[:n].t(), room), known
     torch.mm(x_branch, p[n:, :k].t(), out=row[:, k:])
     if one is not None:
         row[:, k + one] = 1.0
@@ -264,7 +267,10 @@ def backward_packed(
     dy: Tensor, p: Tensor, n: int, need_dx: bool, seed: Tensor | None = None, dropout: float = 0.0,
     row: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dx [M, K], s dy B [M, r]) for dy [M, n]; `row`: dy's own buffer [M, n + r], whose last columns may be written."""
+    """(dx [M, K], s dy B [M, r]) for dy [M, n]; `row`: dy's own buffer [M, n + r], whose last columns may be written.
+
+    The second may be a view that keeps all of the row alive: it is for `factor_gradients`, not to be kept.
+    """
     k = p.shape[1] - (p.shape[0] - n)
     r = p.shape[0] - n
     empty = dy.new_empty(0)
@@ -282,7 +288,7 @@ def backward_packed(
         tail = dy @ p[:n, k:]
         return (tail @ p[n:, :k]).addmm_(dy, p[:n, :k]), tail
     torch.mm(dy, p[:n, k:], out=row[:, n:])
-    return row @ p[:, :k], row[:, n:].clone()
+    return row @ p[:, :k], row[:, n:]
 
 
 def summed(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -317,14 +323,18 @@ def input_gradient(
 def factor_gradients(
     stack: Stack, dy: Tensor, branch_input: Tensor, tail: Tensor, dtail: Tensor, a: Sequence[Tensor | None],
     b: Sequence[Tensor | None], bias: Sequence[Tensor | None], scales: Sequence[float], needs: Sequence[bool],
+    apart: bool = True,
 ) -> list[Tensor]:  # fmt: skip
-    """[da, db, dbias of each layer], empty where `needs` says no, from x' A^T and s dy B; x' is read once for every A."""
+    """[da, db, dbias of each layer], empty where `needs` says no, from x' A^T and s dy B; x' is read once for every A.
+
+    `apart`: every one in memory of its own, as what a custom op returns must be; else the da may be rows of one matrix.
+    """
     found = [dy.new_empty(0) for _ in needs]
     every = summed(dtail, branch_input, torch.float32) if any(needs[::3]) else None
     for i, (ai, bi, zi) in enumerate(zip(a, b, bias, strict=True)):
         rows, slot = stack.rows(i), stack.slot(i)
         if ai is not None and every is not None and needs[3 * i]:
-            found[3 * i] = every[slot].to(ai.dtype, copy=True)
+            found[3 * i] = every[slot].to(ai.dtype, copy=apart)
         if bi is not None and needs[3 * i + 1]:
             found[3 * i + 1] = summed(dy[:, rows], tail[:, slot], bi.dtype, scales[i])
         if zi is not None and needs[3 * i + 2]:

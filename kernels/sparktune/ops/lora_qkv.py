@@ -210,8 +210,8 @@ first-rows @lora_packed: every B's gradient from q's rows
 - summed(dy[:, rows], tail
 + summed(dy[:, : rows.stop - rows.start], tail
 da-of-all @lora_packed: A's gradient from all ranks' neighbours
-- every[slot].to(ai.dtype, copy=True)
-+ every.roll(1, 0)[slot].to(ai.dtype, copy=True)
+- every[slot].to(ai.dtype, copy=apart)
++ every.roll(1, 0)[slot].to(ai.dtype, copy=apart)
 bias-rows @lora_packed: bias gradient from q's rows
 - dy[:, rows].sum(0
 + dy[:, : rows.stop - rows.start].sum(0
