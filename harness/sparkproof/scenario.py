@@ -284,6 +284,11 @@ class ExportScenario(ScenarioBase):
         default=0.0,
         description="Largest mean KL(reference || exported) over positions, in nats; one number, or one for each format.",
     )
+    max_kl_16_bit: float | dict[ExportFormat, float] = Field(
+        default=0.0,
+        description="The same where the consumer itself computes in 16 bits, as vLLM does on a GPU; 0, or a format that is not "
+        "named: max_kl.",
+    )
     clear_margin: float | dict[ExportFormat, float] = Field(
         default=0.5,
         description="Top-1 must agree where the reference leads by this, in nats; one number, or one a format.",
@@ -298,10 +303,13 @@ class ExportScenario(ScenarioBase):
         min_length=1,
     )
 
-    @property
-    def kl_bound(self) -> float:
-        """The bound of this case's format, in nats."""
-        return self.max_kl[self.format] if isinstance(self.max_kl, dict) else self.max_kl
+    def kl_bound(self, sixteen_bits: bool = False) -> float:
+        """The bound of this case's format, in nats; `sixteen_bits`: for a consumer that computes in them."""
+        bound = self.max_kl[self.format] if isinstance(self.max_kl, dict) else self.max_kl
+        if not sixteen_bits:
+            return bound
+        wider = self.max_kl_16_bit
+        return (wider.get(self.format, 0.0) if isinstance(wider, dict) else wider) or bound
 
     @property
     def margin(self) -> float:
@@ -324,8 +332,10 @@ class ExportScenario(ScenarioBase):
     def _validate_bound(self) -> ExportScenario:
         if isinstance(self.max_kl, dict) and self.format not in self.max_kl:
             raise ValueError(f"`max_kl` has no bound for the format {self.format}")
-        if not self.kl_bound > 0:
+        if not self.kl_bound() > 0:
             raise ValueError("an export needs `max_kl`, the largest mean KL that passes, above 0")
+        if self.kl_bound(sixteen_bits=True) < self.kl_bound():
+            raise ValueError("`max_kl_16_bit` is below `max_kl`: arithmetic in 16 bits is no more exact than in 32")
         return self
 
 

@@ -107,7 +107,7 @@ class Export:
 def run(case: Case, context: Context) -> CaseResult:
     """Export, consume and judge. Errors: UserError for a wrong source, or one that did not pass (skipped)."""
     assert isinstance(case.scenario, ExportScenario)
-    lacking = export_consumers.lacking(case.scenario, context.cache_dir)
+    lacking = export_consumers.lacking(case.scenario, context.cache_dir, context.facts.has_nvidia_hardware)
     if lacking is not None:
         return CaseResult(
             name=case.name, kind=case.kind, verdict=Verdict.SKIPPED, reason_class=lacking.reason_class,

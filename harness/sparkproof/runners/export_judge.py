@@ -22,6 +22,7 @@ from sparkproof.runners.export_probe import CONVERSATIONS, HARD_STRINGS
 from sparkproof.scenario import ExportScenario
 
 SUM_TOLERANCE = 1e-3
+SIXTEEN_BITS = ("bfloat16", "float16")  # as a consumer names the type that it computes in
 ROUNDING = 1e-9  # KL is never negative, but for rounding
 
 
@@ -40,12 +41,13 @@ def judge(
     if seen.get("answers") is None:
         return found
     want, got = questions["answers"], seen["answers"]
+    bound = scenario.kl_bound(seen.get("backend", {}).get("arithmetic") in SIXTEEN_BITS)
     return [
         *found,
         made_up(got["made_up"]),
         width(questions["vocabulary"], got["vocabulary"]),
         vocabulary(reference, exported),
-        divergence(reference, exported, scenario.kl_bound, scenario.reference),
+        divergence(reference, exported, bound, scenario.reference),
         first_choice(reference, exported, scenario.margin),
         tokenizer(want["ids"], got["ids"]),
         template(want["template"], got["template"]),

@@ -7,6 +7,7 @@ are fp32; on a GPU vLLM's kernels have no fp32 attention, so they are the model'
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ UNKNOWN = (  # how vLLM says that a model, or what it needs, is not for it or no
     "not implemented",
 )
 CONTEXT = 512
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank, as in sparktune.export.vllm
 
 
 class VllmModel:
@@ -36,11 +38,11 @@ class VllmModel:
 
         start = time.perf_counter()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        more: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 64, "max_loras": 1} if adapter else {}
+        more: dict[str, Any] = {"enable_lora": True, "max_lora_rank": room(adapter), "max_loras": 1} if adapter else {}
         try:
             self.llm = LLM(
                 model=str(folder), tokenizer=str(adapter or folder), dtype="float32" if self.device == "cpu" else "auto",
-                max_model_len=CONTEXT, enforce_eager=True, max_logprobs=-1, logprobs_mode="raw_logprobs", max_num_seqs=2,
+                max_model_len=context(folder), enforce_eager=True, max_logprobs=-1, logprobs_mode="raw_logprobs", max_num_seqs=2,
                 seed=0, **more,
             )  # fmt: skip
         except (ValueError, NotImplementedError, RuntimeError, AttributeError) as error:
@@ -100,16 +102,32 @@ class VllmModel:
         return self.llm.chat(messages, wanted, lora_request=self.lora, use_tqdm=False)[0]  # type: ignore[arg-type]
 
     def backend(self) -> dict[str, str]:
-        """What ran it: vLLM's platform and the attention backend that its layers hold."""
+        """What ran it: vLLM's platform, the attention backend that its layers hold, and the type that it computes in."""
         from vllm.platforms import current_platform
 
         kinds = self.llm.apply_model(attention_backends)
         return {
             "device": self.device, "platform": type(current_platform).__name__, "attention": ", ".join(sorted(kinds[0])),
+            "arithmetic": str(self.llm.llm_engine.model_config.dtype).removeprefix("torch."),
         }  # fmt: skip
 
     def close(self) -> None:
         """Nothing outlives the process."""
+
+
+def context(folder: Path) -> int:
+    """Tokens of a conversation: CONTEXT, or what the model was made for, where vLLM refuses more."""
+    from transformers import AutoConfig
+
+    most = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    return min(CONTEXT, most or CONTEXT)
+
+
+def room(adapter: Path) -> int:
+    """vLLM's smallest `max_lora_rank` that holds the adapter: on a CPU each token copies matrices of that rank, a layer."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    return next((r for r in RANKS if r >= rank), rank)  # vLLM itself refuses one beyond them
 
 
 def attention_backends(model: Any) -> set[str]:
