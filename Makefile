@@ -12,8 +12,8 @@ MODEL ?=
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup validate image shell serve test test-slow lint doctor facts list compile selftest bench bench-train sanitize \
-  snapshot uninstall verify-rollback report lock lock-image check-locks image-debian schemas clean
+.PHONY: help setup validate image shell serve test test-slow lint doctor facts list compile selftest bench bench-train bench-export \
+  sanitize snapshot uninstall verify-rollback report lock lock-image check-locks image-debian schemas clean
 
 help: ## Show every target with its purpose
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -72,6 +72,9 @@ bench: setup ## Time every op against transformers, torch.compile, Liger and Uns
 
 bench-train: setup ## Time a QLoRA step of transformers, Liger, Unsloth and sparktune (needs a GPU)
 	@$(BIN)/sparkproof bench train $(ARGS)
+
+bench-export: setup ## Time writing and reading every export format, with proof of the backend (ARGS='--formats gguf')
+	@$(BIN)/sparkproof bench export $(ARGS)
 
 sanitize: setup ## Look for memory errors and races in every kernel with NVIDIA's compute-sanitizer (needs a GPU)
 	@$(BIN)/python scripts/sanitize.py $(ARGS)

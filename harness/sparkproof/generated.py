@@ -6,6 +6,7 @@ from __future__ import annotations
 def documents() -> dict[str, str]:
     """Path relative to the checkout -> text."""
     from sparkproof.bench.document import bench_schema
+    from sparkproof.bench.export.document import export_schema
     from sparkproof.bench.train.document import train_schema
     from sparkproof.checks.catalogue import markdown
     from sparkproof.cli.doctor_document import doctor_schema
@@ -20,6 +21,7 @@ def documents() -> dict[str, str]:
         "reports/schema/report-1.json": report_schema(),
         "reports/schema/bench-ops-1.json": bench_schema(),
         "reports/schema/bench-train-1.json": train_schema(),
+        "reports/schema/bench-export-1.json": export_schema(),
         "reports/schema/selftest-train-1.json": selftest_schema(),
         "reports/schema/selftest-export-1.json": selftest_export_schema(),
         "reports/schema/compare-1.json": compare_schema(),

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from sparkproof.cli.bench_export import export
 from sparkproof.cli.bench_train import train
 from sparkproof.errors import UserError
 
@@ -19,6 +20,7 @@ bench = typer.Typer(help="Measure this project beside other libraries, in one ru
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
     bench.command("train")(train)
+    bench.command("export")(export)
     app.add_typer(bench, name="bench")
 
 

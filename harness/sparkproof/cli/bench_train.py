@@ -65,10 +65,10 @@ def train(
 
     for name in engine:
         one_of("engine", name, NAMES)
-    _at_least(
+    at_least(
         ("--batch", batch, 1), ("--seq", seq, 16), ("--rank", rank, 1), ("--steps", steps, 1), ("--rounds", rounds, 1)
     )
-    _at_least(("--warmup", warmup, 1), ("--packed", packed, 0))
+    at_least(("--warmup", warmup, 1), ("--packed", packed, 0))
     if budget is not None and not budget > 0:
         raise UserError("--budget must be above 0 seconds.", "For instance --budget 600.")
     if packed * 16 > batch * seq:
@@ -125,7 +125,8 @@ def one_of(what: str, name: str, known: tuple[str, ...]) -> str:
     return name
 
 
-def _at_least(*options: tuple[str, int, int]) -> None:
+def at_least(*options: tuple[str, int, int]) -> None:
+    """Each (name, value, least). Errors: UserError for a value below it."""
     for name, value, least in options:
         if value < least:
             raise UserError(f"{name} must be {least} or more, not {value}.", f"For instance {name} {max(least, 1)}.")

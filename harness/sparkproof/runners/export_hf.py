@@ -18,8 +18,13 @@ from sparkproof.runners.export_probe import Said, chat_ids
 class HfModel:
     """A causal language model of transformers in evaluation mode."""
 
-    def __init__(self, model: Path, adapter: Path | None = None, four_bit: bool = False) -> None:
-        """Load `model`, and `adapter` over it with PEFT; `four_bit` quantises the base to NF4 as training did."""
+    def __init__(
+        self, model: Path, adapter: Path | None = None, four_bit: bool = False, as_stored: bool = False
+    ) -> None:
+        """Load `model`, and `adapter` over it with PEFT; `four_bit` quantises the base to NF4 as training did.
+
+        `as_stored` computes in the type that the folder's configuration names, as a user of it would.
+        """
         import torch
         from sparktune.export.hf import tokenizer_folder
         from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -39,8 +44,9 @@ class HfModel:
             )
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(model, adapter))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, device_map={"": self.device}, output_loading_info=True, **extra
-        )
+            model, dtype="auto" if as_stored else torch.float32, device_map={"": self.device}, output_loading_info=True,
+            **extra,
+        )  # fmt: skip
         self.model, told = loaded
         self.made_up = sorted(map(str, {*told["missing_keys"], *told["mismatched_keys"]}))
         if adapter is not None:
@@ -102,15 +108,20 @@ class HfModel:
         speed = len(made) / (time.perf_counter() - start)
         return Said(str(self.tokenizer.decode(made, skip_special_tokens=True)), speed, stopped)
 
-    def backend(self) -> dict[str, str]:
-        """Where the parameters lie, and which attention and linear kernels a recorded forward ran."""
+    def recorded(self) -> tuple[list[str], int]:
+        """(names of what one forward ran, its kernels on the GPU), by torch's profiler."""
         import torch
         from torch.profiler import ProfilerActivity, profile
 
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device == "cuda" else [])]
         with torch.no_grad(), profile(activities=activities) as recorded:
             self.model(input_ids=torch.tensor([[1, 2, 3]], device=self.device))
-        names = [e.key for e in recorded.key_averages()]
+        launched = sum(e.count for e in recorded.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+        return [str(e.key) for e in recorded.key_averages()], launched
+
+    def backend(self) -> dict[str, str]:
+        """Where the parameters lie, and which attention and linear kernels a recorded forward ran."""
+        names, _ = self.recorded()
         kernels = [
             n for n in names if any(word in n.lower() for word in ("addmm", "::mm", "gemm", "attention", "mkldnn"))
         ]

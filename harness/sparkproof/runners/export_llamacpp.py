@@ -31,10 +31,13 @@ from typing import Any
 
 from numpy import ndarray
 
+from sparkproof.runners import export_placement
+from sparkproof.runners.export_placement import Placement
 from sparkproof.runners.export_probe import Said, Unloadable
 
 LOWEST = -103.28
 TIMEOUT_S = 120
+LONG_S = 1800  # of a long prompt to a large model on a slow device
 
 
 @contextlib.contextmanager
@@ -60,8 +63,12 @@ def _told() -> Iterator[Callable[[], list[str]]]:
 class LlamaCppModel:
     """One GGUF in llama.cpp's server."""
 
-    def __init__(self, file: Path, gpu_layers: int = 0, context: int = 1024) -> None:
-        """Load `file`, with `gpu_layers` of its layers on a GPU if this build can (-1: all).
+    def __init__(
+        self, file: Path, gpu_layers: int = 0, context: int = 1024, threads: int = 0, lora: Path | None = None
+    ) -> None:
+        """Load `file`, with `gpu_layers` of its layers on a GPU if this build can (-1: all), and the adapter `lora` over it.
+
+        threads: that compute; 0: half of the cores.
 
         Errors: Unloadable for an architecture that llama.cpp does not know; RuntimeError with its words for anything else.
         """
@@ -75,9 +82,10 @@ class LlamaCppModel:
         params.n_gpu_layers = gpu_layers
         params.warmup = False
         params.verbosity = 4  # says into which buffers the weights went
-        cores = len(os.sched_getaffinity(0))
-        params.cpuparams.n_threads = max(1, cores // 2)  # its threads spin while they wait: leave room for the reader
-        params.cpuparams_batch.n_threads = max(1, cores // 2)
+        threads = threads or max(1, len(os.sched_getaffinity(0)) // 2)  # they spin: leave room for the reader
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        if lora is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
         with _told() as log:
             try:
                 self.server = xllamacpp.Server(params)
@@ -94,11 +102,11 @@ class LlamaCppModel:
         self.template = str(self._call("/props")["chat_template"])
         self.harmless = self.tokenize("a")[-1]
 
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _call(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = TIMEOUT_S) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
         try:
-            with self._open(request, timeout=TIMEOUT_S) as response:
+            with self._open(request, timeout=timeout_s) as response:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"llama.cpp refused {path}: {error.read().decode(errors='replace')[:300]}") from error
@@ -146,6 +154,15 @@ class LlamaCppModel:
         """Ids of the rendered conversation, as the chat endpoint makes them: it parses specials and may add a beginning."""
         return self.tokenize(self.render(messages))
 
+    def timed(self, ids: list[int], tokens: int) -> dict[str, float]:
+        """The server's own `timings` of `tokens` greedy tokens after `ids`, none of them an end, nothing taken from its cache."""
+        answer = self._call(
+            "/completion",
+            {"prompt": ids, "n_predict": tokens, "ignore_eos": True, "temperature": 0.0, "cache_prompt": False},
+            LONG_S,
+        )
+        return dict(answer["timings"])
+
     def generate(self, prompt: str, max_tokens: int) -> Said:
         """Greedy answer through `/v1/chat/completions`."""
         answer = self._call(
@@ -157,16 +174,21 @@ class LlamaCppModel:
         choice = answer["choices"][0]
         return Said(str(choice["message"]["content"]), float(speed), choice["finish_reason"] == "stop")
 
+    def placement(self) -> Placement:
+        """Where llama.cpp said that it put weights, cache and computation."""
+        import xllamacpp
+
+        return export_placement.read(self.told, xllamacpp.get_device_info())
+
     def backend(self) -> dict[str, str]:
         """The devices that this build has, and the buffers into which llama.cpp says it put the weights."""
         import xllamacpp
 
-        buffers = [line.partition("load_tensors:")[2].split() for line in self.told if "model buffer size" in line]
-        devices = [str(d["name"]) for d in xllamacpp.get_device_info()]
-        names = sorted({words[0] for words in buffers if words})
-        on_gpu = any(not name.startswith(("CPU", "AARCH64")) for name in names)
+        found = self.placement()
+        on_gpu = any(found.is_gpu(name) for name in found.weights)
         return {
-            "device": "gpu" if on_gpu else "cpu", "build's devices": ", ".join(devices), "weights in": ", ".join(names),
+            "device": "gpu" if on_gpu else "cpu", "build's devices": ", ".join(found.devices),
+            "weights in": ", ".join(sorted(found.weights)),
             "instructions": str(xllamacpp.get_system_info()).strip()[:200],
         }  # fmt: skip
 

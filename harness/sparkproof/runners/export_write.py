@@ -18,6 +18,16 @@ def write(format_: str, base: Path, name: str, adapter: Path, out: Path) -> dict
         done = export.export_adapter(base, adapter, out, name)
     elif format_ == "merged_16bit":
         done = export.export_merged(base, adapter, out)
+    elif format_ == "merged_4bit":
+        done = export.export_merged_4bit(base, adapter, out)
+    elif format_ == "lora_gguf":
+        done = export.export_lora_gguf(base, adapter, out)
+    elif format_ == "ollama":
+        done = export.export_ollama(base, out, "q4_k_m", adapter)
+    elif format_ == "vllm":
+        done = export.export_vllm(base, adapter, out)
+    elif format_ == "vllm_adapter":
+        done = export.export_vllm_adapter(base, adapter, out, name)
     elif format_.startswith("gguf_"):
         done = export.export_gguf(base, out, format_.removeprefix("gguf_"), adapter, f"{name} fine-tuned")  # type: ignore[arg-type]
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sparkproof.bench.document import Interval
 from sparkproof.bench.train.document import Canary, EngineSteps, Memory, ModelSteps, Round
@@ -106,8 +106,13 @@ def canary(models: Sequence[ModelSteps]) -> Canary | None:
         f"{m.setting.model}, {e.name}, round {r.number}": r.copy_gb_s
         for m in models for e in m.engines for r in e.rounds if r.copy_gb_s
     }  # fmt: skip
+    return drift(found)
+
+
+def drift(found: Mapping[str, float]) -> Canary | None:
+    """Copies of several processes, GB/s, against their median; None without any."""
     if not found:
         return None
     middle = statistics.median(found.values())
-    drift = max((v / middle - 1 for v in found.values()), key=abs)
-    return Canary(samples=found, drift=drift, band=CANARY_BAND)
+    largest = max((v / middle - 1 for v in found.values()), key=abs)
+    return Canary(samples=dict(found), drift=largest, band=CANARY_BAND)

@@ -195,7 +195,7 @@ def measure(name: str, folder: str, s: Setting, start: float) -> dict[str, Any]:
     if cuda:
         _collect(cuda)
         with optional("copy bandwidth", failures):
-            found["copy_gb_s"] = _canary()
+            found["copy_gb_s"] = copy_canary()
     return found
 
 
@@ -234,7 +234,8 @@ def _stepper(
     return once
 
 
-def _canary() -> float:
+def copy_canary() -> float:
+    """GB/s of a large copy on the GPU."""
     from sparktune.ops.device import DeviceProperties
 
     from sparkproof.judge.speed import copy_bandwidth
