@@ -141,7 +141,7 @@ def validate(request: Request) -> int:
     """Run it. Returns the exit code: 0, 1, 2, 3, or 130 after Ctrl-C."""
     if request.facts:
         raise UserError("--facts goes with --dry-run.", "A real run reads this machine's own facts.")
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     with only_run("sparkproof validate", wait=request.wait):
         _preflight_model(request)
         console = Console(stderr=True)
@@ -293,7 +293,7 @@ def _empty_ini(controller: Controller) -> Path:
     return path
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
+def terminate(number: int, frame: FrameType | None) -> None:
     """A polite kill ends a run as Ctrl-C does: with a record, views and exit code 130."""
     raise KeyboardInterrupt
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import jsonschema
 import pytest
 from rich.console import Console
 from sparkproof.bench.export import formats, run, views, worker
-from sparkproof.bench.export.consumers import speed
+from sparkproof.bench.export.consumers import LlamaCpp, Speed, Vllm, speed
 from sparkproof.bench.export.document import Document, Row, export_schema
 from sparkproof.bench.export.run import Bench
 from sparkproof.cli import app, bench_export, main
@@ -134,6 +135,7 @@ def test_failures_say_why_in_one_sentence_and_leave_the_others_alone(measured: M
 
 def test_what_has_no_reader_here_is_written_and_says_so(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     find = run.export_consumers.importlib.util.find_spec
+    monkeypatch.delenv("SPARKPROOF_VLLM_PYTHON", raising=False)
     monkeypatch.setattr(
         run.export_consumers.importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else find(name)
     )
@@ -145,7 +147,7 @@ def test_what_has_no_reader_here_is_written_and_says_so(measured: Measured, monk
     assert all(len(r.writes) == 2 and not r.reads for f, r in rows.items() if f != "merged_16bit")
     said = "\n".join(views.problems(d))
     assert "needs xllamacpp, which is not installed.. Fix" not in said and "Fix: pip install xllamacpp" in said
-    assert "`ollama ps`" in said and "vllm bench" in said
+    assert "`ollama ps`" in said and "vllm: not read: vLLM needs an environment of its own" in said
     assert bench_export.exit_code(d, asked=False) == 0 and bench_export.exit_code(d, asked=True) == 1
 
 
@@ -249,7 +251,7 @@ def test_views_tell_the_same_story_within_80_columns(measured: Measured) -> None
         f: {"proof": ON_GPU, "gpu_gib": 14.26, "copy": 100.0, "decode": 1234.5, "bytes": 14 << 30, "write_s": 123.4}
         for f in THREE
     }
-    d = measured(plan, [*THREE, "vllm_adapter"], device="cuda")
+    d = measured(plan, [*THREE, "ollama"], device="cuda")
     jsonschema.Draft202012Validator(json.loads(export_schema())).validate(json.loads(d.model_dump_json()))
     assert Document.model_validate_json(d.model_dump_json()) == d
     text, page, table = views.markdown(d), views.html(d), shown(d)
@@ -368,6 +370,49 @@ def test_speeds_count_what_was_made_after_the_first_token() -> None:
         speed(100, 0.0, 11, 2.0)
 
 
+class Told:
+    """A server or engine that says what it is given to say."""
+
+    device = "cpu"
+
+    def __init__(self, **timings: float) -> None:
+        self.timings = timings
+
+    def timed(self, ids: list[int], tokens: int) -> dict[str, float]:
+        return self.timings
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({}, ""), ({"cache_n": 4}, "4 from its cache"), ({"prompt_n": 6}, "read 6 of 10"), ({"made": 4}, "made 4 of 5")],
+)
+def test_an_answer_cut_short_or_out_of_a_cache_is_no_speed(changed: dict[str, float], said: str) -> None:
+    asked = {"cache_n": 0, "prompt_n": 10, "made": 5, **changed}
+    made = asked.pop("made")
+    llama, vllm = LlamaCpp.__new__(LlamaCpp), Vllm.__new__(Vllm)
+    llama.server = Told(**asked, predicted_n=made, prompt_ms=500.0, predicted_ms=2000.0)  # type: ignore[assignment]
+    vllm.engine = Told(**asked, made_n=made, prefill_s=0.5, decode_s=2.0)  # type: ignore[assignment]
+    for consumer in (llama, vllm):
+        if said:
+            with pytest.raises(RuntimeError, match=said):
+                consumer.ask([1] * 10, 5)
+        else:
+            assert consumer.ask([1] * 10, 5) == Speed(20.0, 2.0)  # four tokens after the first, in two seconds
+
+
+def test_a_polite_kill_is_an_interruption(measured: Measured) -> None:
+    from sparkproof.run import terminate
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        d = measured({}, progress=lambda line: os.kill(os.getpid(), signal.SIGTERM) if "merged" in line else None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (
+        d.interrupted and by_name(d)["adapter"].status == "measured" and bench_export.exit_code(d, asked=False) == 130
+    )
+
+
 def test_the_peak_begins_anew(tmp_path: Path) -> None:
     peak = HostPeak()
     if peak.why_not:
@@ -393,14 +438,14 @@ def test_a_tiny_model_really_goes_out_and_is_read_by_all_three(tmp_path: Path, m
     pytest.importorskip("xllamacpp")
     monkeypatch.setenv("SPARKPROOF_LOCK_DIR", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    names = ["adapter", "merged_16bit", "merged_4bit", "gguf_q4_k_m", "lora_gguf", "vllm_adapter"]
+    names = ["adapter", "merged_16bit", "merged_4bit", "gguf_q4_k_m", "lora_gguf", "ollama"]
     d = Bench(
         model="tiny:llama@256", formats=names, device="cpu", device_name="CPU", gpu_present=False, threads=1, rounds=1,
-        repeats=1, cache_dir=bench_export.Path(os.environ.get("SPARKPROOF_CACHE") or tmp_path / "cache"),
+        repeats=1, cache_dir=Path(os.environ.get("SPARKPROOF_CACHE") or tmp_path / "cache"),
     ).run()  # fmt: skip
     rows = by_name(d)
-    assert {r.status for f, r in rows.items() if f != "vllm_adapter"} == {"measured"}, views.problems(d)
-    assert rows["vllm_adapter"].status == "written" and (d.prompt_tokens, d.new_tokens) == (128, 64)
+    assert {r.status for f, r in rows.items() if f != "ollama"} == {"measured"}, views.problems(d)
+    assert rows["ollama"].status == "written" and (d.prompt_tokens, d.new_tokens) == (128, 64)
     for row in d.rows[:-1]:
         assert row.proof and row.proof.backend == "cpu" and row.decode_tokens_s and row.decode_tokens_s.value > 1
     llama = rows["gguf_q4_k_m"].proof
@@ -411,3 +456,19 @@ def test_a_tiny_model_really_goes_out_and_is_read_by_all_three(tmp_path: Path, m
     assert rows["adapter"].proof and rows["adapter"].proof.modules["peft.tuners.lora.layer.Linear"] == 14
     assert rows["gguf_q4_k_m"].bytes and rows["merged_16bit"].bytes
     assert 0.2 < rows["gguf_q4_k_m"].bytes / rows["merged_16bit"].bytes < 0.5
+
+
+@pytest.mark.slow
+def test_a_tiny_model_is_really_read_by_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not os.environ.get("SPARKPROOF_VLLM_PYTHON"):
+        pytest.skip("SPARKPROOF_VLLM_PYTHON names no environment of vLLM's")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    d = Bench(
+        model="tiny:llama@256", formats=["vllm", "vllm_adapter"], device="cpu", device_name="CPU", gpu_present=False,
+        threads=1, rounds=1, repeats=1, cache_dir=Path(os.environ.get("SPARKPROOF_CACHE") or tmp_path / "cache"),
+    ).run()  # fmt: skip
+    assert [r.status for r in d.rows] == ["measured", "measured"], views.problems(d)
+    plain, lora = (r.proof for r in d.rows)
+    assert plain and lora and plain.backend == lora.backend == "cpu"
+    assert not [m for m in plain.modules if m.startswith("vllm.lora.")]
+    assert [m for m in lora.modules if m.startswith("vllm.lora.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,9 @@ def export(
         )
     where, name, present = place(device)
     from sparkproof.measure.exclusive import only_run
+    from sparkproof.run import terminate
 
+    signal.signal(signal.SIGTERM, terminate)  # as Ctrl-C: with what was measured, and nothing left in TMPDIR
     err = Console(stderr=True)
     with only_run("bench export"):
         document = Bench(

@@ -44,20 +44,19 @@ class Lacking:
 
 def lacking(scenario: ExportScenario, cache_dir: Path, gpu: bool = True) -> Lacking | None:
     """What writing or reading this export needs and is not here; `gpu`: whether this machine has one to install it for."""
-    if (found := lacking_packages(scenario.consumer, scenario.format)) is not None:
-        return found
-    return _vllm_lacking(cache_dir, gpu) if scenario.consumer == "vllm" else None
+    return lacking_for(scenario.consumer, scenario.format, cache_dir, gpu)
 
 
-def lacking_packages(consumer: str, format_: str) -> Lacking | None:
-    """Packages of this environment that `consumer` needs, or whoever writes `format_`, and that are not installed."""
+def lacking_for(consumer: str, format_: str, cache_dir: Path, gpu: bool) -> Lacking | None:
+    """What `consumer` needs, or whoever writes `format_`, and is not here; `gpu` as for `lacking`."""
     needed = [*PACKAGES[consumer], *(("gguf",) if format_.startswith("gguf_") else ())]
     absent = [name for name in dict.fromkeys(needed) if importlib.util.find_spec(name) is None]
-    if not absent:
-        return None
-    return Lacking(
-        f"The consumer {consumer} needs {', '.join(absent)}, which is not installed.", f"pip install {' '.join(absent)}"
-    )
+    if absent:
+        return Lacking(
+            f"The consumer {consumer} needs {', '.join(absent)}, which is not installed.",
+            f"pip install {' '.join(absent)}",
+        )
+    return _vllm_lacking(cache_dir, gpu) if consumer == "vllm" else None
 
 
 def vllm_python(cache_dir: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy import ndarray
 
-from sparkproof.runners.export_probe import Said, chat_ids
+from sparkproof.runners.export_probe import Said, chat_ids, recorded
 
 
 class HfModel:
@@ -111,13 +111,10 @@ class HfModel:
     def recorded(self) -> tuple[list[str], int]:
         """(names of what one forward ran, its kernels on the GPU), by torch's profiler."""
         import torch
-        from torch.profiler import ProfilerActivity, profile
 
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device == "cuda" else [])]
-        with torch.no_grad(), profile(activities=activities) as recorded:
-            self.model(input_ids=torch.tensor([[1, 2, 3]], device=self.device))
-        launched = sum(e.count for e in recorded.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
-        return [str(e.key) for e in recorded.key_averages()], launched
+        given = torch.tensor([[1, 2, 3]], device=self.device)
+        with torch.no_grad():
+            return recorded(lambda: self.model(input_ids=given), self.device == "cuda")
 
     def backend(self) -> dict[str, str]:
         """Where the parameters lie, and which attention and linear kernels a recorded forward ran."""

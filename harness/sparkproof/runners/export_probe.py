@@ -9,6 +9,7 @@ when the pre-tokenizer is wrong.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,6 +95,18 @@ class Model(Protocol):
     def close(self) -> None:
         """End what was started."""
         ...
+
+
+def recorded(work: Callable[[], object], cuda: bool) -> tuple[list[str], int]:
+    """(names of what `work` ran in torch, how many kernels it launched on a GPU), by torch's profiler."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
+        work()
+    events = seen.key_averages()
+    launched = sum(e.count for e in events if e.device_type == torch.autograd.DeviceType.CUDA)
+    return [str(e.key) for e in events], launched
 
 
 def sequences(tokenizer: Any, prompts: list[str], canary: tuple[str, str]) -> list[dict[str, Any]]:

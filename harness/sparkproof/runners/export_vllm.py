@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from numpy import ndarray
 
-from sparkproof.runners.export_probe import Said, Unloadable
+from sparkproof.runners.export_probe import Said, Unloadable, recorded
 
 UNKNOWN = (  # how vLLM says that a model, or what it needs, is not for it or not for this backend
     "are not supported for now",
@@ -24,14 +25,19 @@ UNKNOWN = (  # how vLLM says that a model, or what it needs, is not for it or no
     "not implemented",
 )
 CONTEXT = 512
+CACHE_BYTES = 1 << 30  # of keys and values, for one prompt at a time
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank, as in sparktune.export.vllm
 
 
 class VllmModel:
     """One folder in vLLM."""
 
-    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
-        """Load `folder`, with LoRA's `adapter` on top if given. Errors: Unloadable, what vLLM raises."""
+    def __init__(self, folder: Path, adapter: Path | None = None, serve: int = 0) -> None:
+        """Load `folder`, with LoRA's `adapter` on top if given. Errors: Unloadable, what vLLM raises.
+
+        `serve` is for timing, a context of so many tokens: the stored type, compiled on a GPU, nothing kept between prompts,
+        and a cache of CACHE_BYTES there rather than of most of the memory, which on a shared pool is the host's.
+        """
         import torch
         from vllm import LLM
         from vllm.lora.request import LoRARequest
@@ -39,10 +45,15 @@ class VllmModel:
         start = time.perf_counter()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         more: dict[str, Any] = {"enable_lora": True, "max_lora_rank": room(adapter), "max_loras": 1} if adapter else {}
+        exact = self.device == "cpu" and not serve
+        if serve:
+            more |= {"enable_prefix_caching": False, "disable_log_stats": False}
+            more |= {"kv_cache_memory_bytes": CACHE_BYTES} if self.device == "cuda" else {}
         try:
             self.llm = LLM(
-                model=str(folder), tokenizer=str(adapter or folder), dtype="float32" if self.device == "cpu" else "auto",
-                max_model_len=context(folder), enforce_eager=True, max_logprobs=-1, logprobs_mode="raw_logprobs", max_num_seqs=2,
+                model=str(folder), tokenizer=str(adapter or folder), dtype="float32" if exact else "auto",
+                max_model_len=serve or context(folder), enforce_eager=not serve or self.device == "cpu",
+                max_logprobs=-1, logprobs_mode="raw_logprobs", max_num_seqs=2,
                 seed=0, **more,
             )  # fmt: skip
         except (ValueError, NotImplementedError, RuntimeError, AttributeError) as error:
@@ -111,6 +122,33 @@ class VllmModel:
             "arithmetic": str(self.llm.llm_engine.model_config.dtype).removeprefix("torch."),
         }  # fmt: skip
 
+    def timed(self, ids: list[int], tokens: int) -> dict[str, float]:
+        """Tokens and seconds of `tokens` greedy ones after `ids`, none of them an end, by the engine's own clock."""
+        answer = self._continued(ids, tokens)
+        t = answer.metrics
+        return {
+            "prompt_n": len(answer.prompt_token_ids), "cache_n": answer.num_cached_tokens or 0,
+            "made_n": len(answer.outputs[0].token_ids), "prefill_s": t.first_token_ts - t.scheduled_ts,
+            "decode_s": t.last_token_ts - t.first_token_ts,
+        }  # fmt: skip
+
+    def _continued(self, ids: list[int], tokens: int) -> Any:
+        from vllm import SamplingParams
+
+        wanted = SamplingParams(
+            max_tokens=tokens, min_tokens=tokens, ignore_eos=True, temperature=0.0, detokenize=False
+        )
+        return self.llm.generate({"prompt_token_ids": ids}, wanted, lora_request=self.lora, use_tqdm=False)[0]  # type: ignore[arg-type]
+
+    def recorded(self) -> tuple[list[str], int]:
+        """(names of what a short answer ran, its kernels on the GPU): the engine is in this process, in the profiler's sight."""
+        return recorded(lambda: self._continued([1, 2, 3], 2), self.device == "cuda")
+
+    def placed(self) -> tuple[dict[str, int], dict[str, int]]:
+        """(device -> bytes of parameters, class -> how many layers of LoRA and implementations of attention there are)."""
+        found: tuple[dict[str, int], dict[str, int]] = self.llm.apply_model(placement)[0]
+        return found
+
     def close(self) -> None:
         """Nothing outlives the process."""
 
@@ -128,6 +166,20 @@ def room(adapter: Path) -> int:
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     return next((r for r in RANKS if r >= rank), rank)  # vLLM itself refuses one beyond them
+
+
+def placement(model: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """What `placed` says of the model inside the engine."""
+    devices: Counter[str] = Counter()
+    classes: Counter[str] = Counter()
+    for p in model.parameters():
+        devices[str(p.device)] += p.numel() * p.element_size()
+    for m in model.modules():
+        if type(m).__module__.startswith("vllm.lora."):
+            classes[f"{type(m).__module__}.{type(m).__name__}"] += 1
+        if hasattr(m, "impl"):
+            classes[type(m.impl).__name__] += 1
+    return dict(devices), dict(classes)
 
 
 def attention_backends(model: Any) -> set[str]:

@@ -68,8 +68,6 @@ class Torch:
 
         Errors: RuntimeError where PEFT put its adapter nowhere.
         """
-        import torch
-
         placed: Counter[str] = Counter()
         for p in self.hf.model.parameters():
             placed[str(p.device)] += p.numel() * p.element_size()
@@ -78,8 +76,7 @@ class Torch:
         if self.with_peft and not any(name.startswith("peft.tuners.lora.layer.") for name in modules):
             raise RuntimeError("PEFT loaded the adapter, and no layer of the model has it")
         names, launched = self.hf.recorded()
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return proof.of_torch(placed, launched, names, modules, [*gpus, "CPU"])
+        return proof.of_torch(placed, launched, names, modules, _devices())
 
     def ask(self, ids: list[int], tokens: int) -> Speed:
         """Through `generate`."""
@@ -107,12 +104,61 @@ class Torch:
 
     def gpu_gib(self) -> float:
         """torch's peak."""
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 2**30 if self.hf.device == "cuda" else 0.0
+        return _torch_peak(self.hf.device)
 
     def close(self) -> None:
         """Nothing was started."""
+
+
+class Vllm:
+    """vLLM's engine in this process, which is its own environment's; `adapter` lies over the folder."""
+
+    def __init__(self, folder: Path, adapter: Path | None, context: int) -> None:
+        from sparkproof.runners.export_vllm import VllmModel
+
+        self.adapter = adapter
+        self.engine = VllmModel(folder, adapter, serve=context)
+        self.load_s = self.engine.load_s
+
+    def proof(self) -> Proof:
+        """Parameters' devices, layers of LoRA and attention, and what an answer launched.
+
+        Errors: RuntimeError where vLLM made no room for the adapter.
+        """
+        placed, modules = self.engine.placed()
+        if self.adapter is not None and not any(name.startswith("vllm.lora.") for name in modules):
+            raise RuntimeError("vLLM took the adapter, and no layer of the model has room for it")
+        names, launched = self.engine.recorded()
+        return proof.of_torch(placed, launched, names, modules, _devices())
+
+    def ask(self, ids: list[int], tokens: int) -> Speed:
+        """By the engine's clock, from when it took the prompt up."""
+        t = self.engine.timed(ids, tokens)
+        if (t["cache_n"], t["prompt_n"], t["made_n"]) != (0, len(ids), tokens):
+            raise RuntimeError(
+                f"vLLM read {t['prompt_n']} of {len(ids)} tokens ({t['cache_n']} from its cache) and made "
+                f"{t['made_n']} of {tokens}"
+            )
+        return speed(len(ids), t["prefill_s"], tokens, t["decode_s"])
+
+    def gpu_gib(self) -> float:
+        """torch's peak, the engine's cache in it."""
+        return _torch_peak(self.engine.device)
+
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
+
+def _devices() -> list[str]:
+    import torch
+
+    return [*(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())), "CPU"]
+
+
+def _torch_peak(device: str) -> float:
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
 
 
 class LlamaCpp:

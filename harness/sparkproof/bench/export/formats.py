@@ -33,8 +33,8 @@ FORMATS: dict[str, Way] = {
         "ollama",
         "its GGUF is that of gguf_q4_k_m; `ollama run --verbose` tells Ollama's speed, and `ollama ps` where it ran",
     ),
-    "vllm": Way("vllm", "vLLM has a measurement of its own: `vllm bench throughput --model FOLDER`"),
-    "vllm_adapter": Way("vllm", "vLLM has a measurement of its own: `vllm bench throughput --enable-lora`"),
+    "vllm": Way("vllm"),
+    "vllm_adapter": Way("vllm"),
 }
 
 

@@ -91,6 +91,8 @@ def fix(consumer: str) -> str:
     """What brings a consumer back to the GPU."""
     if consumer == "llama.cpp":
         return f"{WHEEL}; a llama.cpp of your own: {CATALOGUE['export.llama_cpp'].fix}"
+    if consumer == "vllm":
+        return "pip install --force-reinstall vllm  # PyPI's is its CUDA build; in the environment of SPARKPROOF_VLLM_PYTHON"
     return CATALOGUE["torch.cpu_build"].fix
 
 

@@ -64,6 +64,7 @@ class Bench:
     rows: list[Row] = field(default_factory=list)
     prepared: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    lacking: dict[str, export_consumers.Lacking | None] = field(default_factory=dict)
 
     def run(self) -> Document:
         """Measure. Errors: UserError for a model that can't be had, or a prompt that it has no room for."""
@@ -155,7 +156,7 @@ class Bench:
 
     def _turn(self, row: Row, number: int, work: Path) -> None:
         way = formats.FORMATS[row.format]
-        lacking = None if way.elsewhere else export_consumers.lacking_packages(row.consumer, row.format)
+        lacking = None if way.elsewhere else self._lacking(row)
         out = work / formats.filename(row.format)
         self.progress(f"round {number} of {self.rounds}: {row.format}")
         try:
@@ -197,7 +198,8 @@ class Bench:
             "threads": self.threads, "vocabulary": p["vocabulary"], "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens, "repeats": self.repeats,
         }  # fmt: skip
-        outcome = self._process("read", payload, work)
+        with export_consumers.surroundings(row.consumer, self.cache_dir) as (env, other):
+            outcome = self._process("read", payload, work, {**OFFLINE, **env}, **other)
         if not self._went_well(row, number, outcome):
             return
         r = outcome.result
@@ -228,13 +230,23 @@ class Bench:
         self.progress(f"  {row.status}: {row.reason}")
         return False
 
-    def _process(self, phase: str, payload: dict[str, Any], work: Path, env: dict[str, str] = OFFLINE) -> Outcome:
-        """One fresh process. Errors: TimeUp once the budget is used up."""
+    def _lacking(self, row: Row) -> export_consumers.Lacking | None:
+        """What reading a format needs and is not here; looked for once."""
+        if row.format not in self.lacking:
+            self.lacking[row.format] = export_consumers.lacking_for(
+                row.consumer, row.format, self.cache_dir, self.gpu_present
+            )
+        return self.lacking[row.format]
+
+    def _process(
+        self, phase: str, payload: dict[str, Any], work: Path, env: dict[str, str] = OFFLINE, python: str = ""
+    ) -> Outcome:
+        """One fresh process, of another environment's `python` if given. Errors: TimeUp once the budget is used up."""
         if self.clock() - self.started >= self.budget:
             raise TimeUp
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.device == "cpu" else {}  # else llama.cpp offloads products to it
         return run_process(
-            [*COMMAND, f"{WORKER}:{phase}"], payload, work_dir=work, phase=phase, timeout_s=TIMEOUT_S,
+            [python or COMMAND[0], *COMMAND[1:], f"{WORKER}:{phase}"], payload, work_dir=work, phase=phase, timeout_s=TIMEOUT_S,
             floor_gib=default_floor_gib(), env={**os.environ, **env, "OMP_NUM_THREADS": str(self.threads), **hidden},
         )  # fmt: skip
 

@@ -28,7 +28,7 @@ def prepare(payload: dict[str, Any]) -> dict[str, Any]:
 
     Keys: model, revision, cache_dir, adapter (empty: one is made), adapter_out, base_gguf (empty: not needed).
     """
-    return _answered(lambda: _prepare(payload), made=payload["model"].startswith("tiny:"))
+    return _answered(lambda: _exported(lambda: _prepare(payload), payload["model"].startswith("tiny:")))
 
 
 def _prepare(payload: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _prepare(payload: dict[str, Any]) -> dict[str, Any]:
 
 def write(payload: dict[str, Any]) -> dict[str, Any]:
     """One export. Keys: format, base, name, adapter, out, made (whether the model was made on the spot)."""
-    return _answered(lambda: _write(payload), made=payload["made"])
+    return _answered(lambda: _exported(lambda: _write(payload), payload["made"]))
 
 
 def _write(payload: dict[str, Any]) -> dict[str, Any]:
@@ -105,13 +105,14 @@ def read(payload: dict[str, Any]) -> dict[str, Any]:
 
     Keys: format, consumer, path, base, base_gguf, device, gpu_present, threads, vocabulary, prompt_tokens, new_tokens, repeats.
     """
-    return _answered(lambda: _read(payload), made=False)
+    return _answered(lambda: _read(payload))
 
 
 def _read(payload: dict[str, Any]) -> dict[str, Any]:
     from sparkproof.bench.export import proof as proofs
     from sparkproof.data.filled import random_tokens
     from sparkproof.measure.peak import HostPeak
+    from sparkproof.runners.export_child import versions
 
     consumer, device, tokens = payload["consumer"], payload["device"], payload["new_tokens"]
     for name in READERS[consumer]:
@@ -135,27 +136,28 @@ def _read(payload: dict[str, Any]) -> dict[str, Any]:
     return {
         "load_s": model.load_s, "prefill_tokens_s": [s.prefill for s in speeds[1:]],
         "decode_tokens_s": [s.decode for s in speeds[1:]], "peak_gib": peak, "gpu_gib": gpu, "proof": found.model_dump(),
-        "why_no_peak": host.why_not, "copy_gb_s": _copy() if device == "cuda" else None,
-        "versions": _versions({"llama.cpp": ("xllamacpp",), "peft": ("peft", "transformers", "torch")}.get(
-            consumer, ("transformers", "torch"))),
+        "why_no_peak": host.why_not, "copy_gb_s": _copy(consumer) if device == "cuda" else None,
+        "versions": versions(consumer),
     }  # fmt: skip
 
 
 READERS = {
-    "peft": ("torch", "transformers", "peft"),
-    "transformers": ("torch", "transformers"),
-    "llama.cpp": ("xllamacpp",),
-}
+    "peft": ("torch", "transformers", "peft"), "transformers": ("torch", "transformers"), "llama.cpp": ("xllamacpp",),
+    "vllm": ("torch", "vllm"),
+}  # fmt: skip
 
 
 def _loaded(payload: dict[str, Any]) -> Any:
-    from sparkproof.bench.export.consumers import ROOM, LlamaCpp, Torch
+    from sparkproof.bench.export.consumers import ROOM, LlamaCpp, Torch, Vllm
 
-    path, consumer = Path(payload["path"]), payload["consumer"]
-    if consumer != "llama.cpp":
-        return Torch(path, Path(payload["base"]), with_peft=consumer == "peft")
-    over = payload["format"] == "lora_gguf"
-    context = payload["prompt_tokens"] + payload["new_tokens"] + ROOM
+    path, base, consumer = Path(payload["path"]), Path(payload["base"]), payload["consumer"]
+    if consumer in ("peft", "transformers"):
+        return Torch(path, base, with_peft=consumer == "peft")
+    asked = payload["prompt_tokens"] + payload["new_tokens"]
+    if consumer == "vllm":
+        over = payload["format"] == "vllm_adapter"
+        return Vllm(base if over else path, path if over else None, asked)
+    over, context = payload["format"] == "lora_gguf", asked + ROOM
     return LlamaCpp(
         Path(payload["base_gguf"]) if over else path,
         path if over else None,
@@ -165,22 +167,29 @@ def _loaded(payload: dict[str, Any]) -> Any:
     )
 
 
-def _answered(work: Callable[[], dict[str, Any]], made: bool) -> dict[str, Any]:
-    """What `work` gives; or as `user_error` what a person can cure, a full disk among it."""
+def _exported(work: Callable[[], dict[str, Any]], made: bool) -> dict[str, Any]:
+    """What `work` gives; what sparktune refuses is a person's to cure. Errors: UserError."""
     from sparktune.export import ExportError, NoSpaceError
 
-    from sparkproof.engines.pretrained import DiskErrors
-    from sparkproof.runners.export_probe import Unloadable
     from sparkproof.runners.export_write import unsupported
 
     try:
-        with DiskErrors("the export was written"):
-            return work()
+        return work()
     except NoSpaceError as error:
-        said = UserError(error.message, DISK, skip_class=ReasonClass.DISK.value)
+        raise UserError(error.message, DISK, skip_class=ReasonClass.DISK.value) from error
     except ExportError as error:
         platform = ReasonClass.PLATFORM.value if unsupported(error, made) else ""
-        said = UserError(error.message, error.fix, skip_class=platform)
+        raise UserError(error.message, error.fix, skip_class=platform) from error
+
+
+def _answered(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` gives; or as `user_error` what a person can cure, a full disk among it."""
+    from sparkproof.engines.pretrained import DiskErrors
+    from sparkproof.runners.export_probe import Unloadable
+
+    try:
+        with DiskErrors("the export was written or read"):
+            return work()
     except Unloadable as error:
         said = UserError(f"the consumer does not know this model: {error}", skip_class=ReasonClass.PLATFORM.value)
     except UserError as error:
@@ -213,11 +222,11 @@ def _gpu_peak() -> float | None:
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
 
 
-def _copy() -> float | None:
-    """After everything, in a process that holds nothing any more; None where torch can't."""
+def _copy(consumer: str) -> float | None:
+    """GB/s, after everything; None where torch can't, and in vLLM's process, which holds the memory and sees no sparktune."""
     import torch
 
-    if not torch.cuda.is_available():  # a GPU that llama.cpp used and this torch can't
+    if consumer == "vllm" or not torch.cuda.is_available():
         return None
     from sparkproof.bench.train.step import copy_canary
 
