@@ -260,7 +260,7 @@ class FitScenario(OnOneModel):
 
 ExportFormat = Literal[
     "adapter", "merged_16bit", "gguf_f32", "gguf_f16", "gguf_bf16", "gguf_q8_0", "gguf_q6_k",
-    "gguf_q5_k_m", "gguf_q4_k_m", "gguf_q4_0", "gguf_mxfp4",
+    "gguf_q5_k_m", "gguf_q4_k_m", "gguf_q4_0", "gguf_mxfp4", "ollama_q8_0",
 ]  # fmt: skip
 
 
@@ -272,9 +272,12 @@ class ExportScenario(ScenarioBase):
         description="Name of the train case whose adapter is exported; or 'tiny:<family>' or 'tiny:<family>@256', a tiny "
         "model that is taught one answer on the spot.",
     )
-    format: ExportFormat = Field(description="What is written.")
-    consumer: Literal["transformers", "peft", "llama.cpp", "vllm"] = Field(
-        description="What loads it, in a fresh process; vllm in an environment of its own.",
+    format: ExportFormat = Field(
+        description="What is written; ollama_q8_0: a folder with a GGUF in q8_0 and a Modelfile."
+    )
+    consumer: Literal["transformers", "peft", "llama.cpp", "vllm", "ollama"] = Field(
+        description="What loads it, in a fresh process; vllm in an environment of its own, ollama in a server that is running: "
+        "where none is, Go renders its template and the case is skipped.",
     )
     reference: Literal["base16+adapter", "base4+adapter"] = Field(
         default="base16+adapter",
@@ -282,7 +285,8 @@ class ExportScenario(ScenarioBase):
     )
     max_kl: float | dict[ExportFormat, float] = Field(
         default=0.0,
-        description="Largest mean KL(reference || exported) over positions, in nats; one number, or one for each format.",
+        description="Largest mean KL(reference || exported) over positions, in nats; one number, or one for each format. Not for "
+        "ollama, which gives texts and no distributions.",
     )
     max_kl_16_bit: float | dict[ExportFormat, float] = Field(
         default=0.0,
@@ -330,6 +334,10 @@ class ExportScenario(ScenarioBase):
 
     @model_validator(mode="after")
     def _validate_bound(self) -> ExportScenario:
+        if self.consumer == "ollama":
+            if self.max_kl or self.max_kl_16_bit:
+                raise ValueError("ollama gives no distributions to hold to `max_kl`: leave it out")
+            return self
         if isinstance(self.max_kl, dict) and self.format not in self.max_kl:
             raise ValueError(f"`max_kl` has no bound for the format {self.format}")
         if not self.kl_bound() > 0:

@@ -1,12 +1,7 @@
 """A Modelfile's template, rendered by Go's own text/template as Ollama does it, against the chat template byte for byte."""
 
-import json
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
+from sparkproof.runners import export_go
 from sparktune.export.chat_form import DATES, derive
 from sparktune.export.ollama import go_template
 from test_export_ollama import (
@@ -20,8 +15,7 @@ from test_export_ollama import (
     render_of,
 )
 
-SOURCE = Path(__file__).parent / "go" / "render.go"
-pytestmark = pytest.mark.skipif(shutil.which("go") is None, reason="needs Go's compiler: sudo apt install golang-go")
+pytestmark = pytest.mark.skipif(not export_go.available(), reason="needs Go's compiler: sudo apt install golang-go")
 
 SYSTEM = {"role": "system", "content": 'Say "yes" & <no>, {{ .System }} too.'}
 TALK = [
@@ -37,22 +31,10 @@ TALKS = [TALK, TALK[:3], TALK[:1]]
 @pytest.fixture(scope="module")
 def go(tmp_path_factory):
     """Renders conversations [[{role, content}]] by (template, system prompt)."""
-    folder = tmp_path_factory.mktemp("go")
-    env = {**os.environ, "GO111MODULE": "off", "CGO_ENABLED": "0", "GOCACHE": str(folder / "cache")}
-    built = subprocess.run(
-        ["go", "build", "-o", str(folder / "render"), str(SOURCE)],
-        env=env, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert built.returncode == 0, built.stderr
+    program = export_go.build(tmp_path_factory.mktemp("go"))
 
     def render(template, conversations, system=""):
-        asked = json.dumps({"template": template, "system": system, "conversations": conversations})
-        done = subprocess.run(
-            [str(folder / "render")], input=asked, capture_output=True, encoding="utf-8", timeout=60, check=False
-        )
-        if done.returncode:
-            raise ValueError(done.stderr)
-        return json.loads(done.stdout)
+        return export_go.render(program, template, system, conversations)
 
     return render
 

@@ -1,7 +1,7 @@
 """What came back of what went out: a row a family, a column a format and its consumer; KL and top-1 in each cell.
 
 A case that did not pass says so in its cell; one that was skipped is a dash, and its reason stands with the skipped cases. Where
-Go rendered Ollama's template the cell says template parity: Ollama itself was not asked.
+only Go rendered Ollama's template the cell says template parity: Ollama itself was not asked, and the case counts as skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sparkproof.results import CaseResult, Verdict
 KL, TOP1 = "KL, mean", "top-1 agreement"
 ORDER = (
     "adapter", "merged_16bit", "merged_4bit", "gguf_f32", "gguf_bf16", "gguf_f16", "gguf_q8_0", "gguf_q6_k", "gguf_q5_k_m",
-    "gguf_q4_k_m", "gguf_q4_0", "gguf_mxfp4", "gguf_lora", "ollama",
+    "gguf_q4_k_m", "gguf_q4_0", "gguf_mxfp4", "gguf_lora", "ollama_q8_0",
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def export_table(record: RunRecord) -> ExportTable | None:
     found: dict[tuple[str, tuple[str, str]], Cell] = {}
     for r, e in placed:
         key = (one_line(str(e["family"])), (str(e["format"]), str(e["consumer"])))
-        cell = Cell(_text(r, str(e["consumer"])), r.verdict, r.name)
+        cell = Cell(_text(r), r.verdict, r.name)
         if key not in found or found[key].verdict is Verdict.SKIPPED:
             found[key] = cell
     columns = sorted({column for _, column in found}, key=_place)
@@ -65,13 +65,11 @@ def _place(column: tuple[str, str]) -> tuple[int, str, str]:
     return (ORDER.index(format_) if format_ in ORDER else len(ORDER), format_, consumer)
 
 
-def _text(r: CaseResult, consumer: str) -> str:
+def _text(r: CaseResult) -> str:
     if r.verdict is Verdict.SKIPPED:
-        return "–"
+        return "template parity" if r.evidence.get("template_parity") == "held" else "–"
     values = {m.name: m.value for m in r.measurements}
     parts = [] if r.verdict is Verdict.PASSED else [r.verdict.value]
-    if consumer == "go-template":
-        parts.append("template parity")
     if KL in values:
         parts.append(number(values[KL]))
     if TOP1 in values:

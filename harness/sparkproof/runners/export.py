@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from sparkproof.errors import UserError
 from sparkproof.results import Assertion, CaseResult, Verdict
-from sparkproof.runners import export_account, export_consumers, export_judge, export_source
+from sparkproof.runners import export_account, export_consumers, export_judge, export_ollama_case, export_source
 from sparkproof.runners.base import Context
 from sparkproof.runners.export_source import Source
 from sparkproof.runners.process import Outcome
@@ -65,10 +65,13 @@ class Export:
         gguf = self.scenario.format.startswith("gguf_")
         return self.folder / (f"{self.scenario.format}.gguf" if gguf else self.scenario.format)
 
-    def phase(self, name: str, payload: dict[str, Any], env: dict[str, str] = OFFLINE, **other: Any) -> dict[str, Any]:
-        """Run one phase; raise PhaseFailed, or the UserError that it met. `other` goes to `Context.spawn`."""
+    def phase(
+        self, name: str, payload: dict[str, Any], env: dict[str, str] = OFFLINE, module: str = CHILD, **other: Any
+    ) -> dict[str, Any]:
+        """Run one phase, a function of `module`; raise PhaseFailed, or the UserError that it met. `other` goes to
+        `Context.spawn`."""
         outcome = self.context.spawn(
-            f"{CHILD}:{name}",
+            f"{module}:{name}",
             payload,
             case=self.case,
             phase=name,
@@ -153,6 +156,8 @@ def _export_and_judge(e: Export, source: Source) -> CaseResult:
         "expected_parameters": written["expected"]["parameters"], "expected_type": written["expected"]["type"],
         "bos": questions["bos"], "rope": written["rope"],
     }  # fmt: skip
+    if scenario.consumer == "ollama":
+        return _ollama(e, source, written, reference, questions, questions_file, seen)
     exported = np.empty((0, reference.shape[-1]), dtype=np.float32)
     if not written["file"]["broken"]:
         rows = e.folder / "consumed.npy"
@@ -168,20 +173,56 @@ def _export_and_judge(e: Export, source: Source) -> CaseResult:
     verdict, reason = CaseResult.decide(assertions)
     if verdict is Verdict.PASSED and scenario.format != "adapter":
         shutil.rmtree(e.out) if e.out.is_dir() else e.out.unlink()
-    device = seen.get("device", "cpu")
     return CaseResult(
-        name=e.case.name,
-        kind="export",
         verdict=verdict,
         reason=reason,
         next_step=export_account.next_step(assertions),
         assertions=assertions,
-        measurements=export_account.measurements(scenario, reference, exported, written, seen, questions),
-        notices=[export_account.reference_sentence(scenario.reference)],
-        evidence=export_account.evidence(scenario, reference, exported, questions, written, seen),
-        mode="gpu" if device == "cuda" else "host",
-        artifacts={"export": str(e.out.relative_to(e.context.run_dir))} if e.out.exists() else {},
+        **_told(e, reference, exported, questions, written, seen),
     )
+
+
+def _ollama(
+    e: Export, source: Source, written: dict[str, Any], reference: np.ndarray, questions: dict[str, Any],
+    questions_file: Path, seen: dict[str, Any],
+) -> CaseResult:  # fmt: skip
+    """The rest of an Ollama case: no distributions come back."""
+    found = export_ollama_case.finish(
+        export_ollama_case.Written(
+            out=e.out, base=written["base"]["path"], adapter=str(source.adapter), cache_dir=e.context.cache_dir,
+            questions=questions, questions_file=questions_file, canary_answer=source.canary_answer,
+            margin=e.scenario.margin, seen=seen, format=e.scenario.format,
+        ),
+        e.phase,
+    )  # fmt: skip
+    seen |= export_ollama_case.account(found)
+    if found.verdict is not Verdict.FAILED:
+        shutil.rmtree(e.out)
+    none = np.empty((0, reference.shape[-1]), dtype=np.float32)
+    told = _told(e, reference, none, questions, written, seen)
+    told["notices"] += found.notices
+    told["evidence"][export_ollama_case.PARITY] = found.parity
+    return CaseResult(
+        verdict=found.verdict, reason=found.reason, reason_class=found.reason_class, next_step=found.next_step,
+        assertions=found.assertions, **told,
+    )  # fmt: skip
+
+
+def _told(
+    e: Export, reference: np.ndarray, exported: np.ndarray, questions: dict[str, Any], written: dict[str, Any],
+    seen: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """A result's fields that hold whatever the verdict is."""
+    device = seen.get("device", "cpu")
+    return {
+        "name": e.case.name,
+        "kind": "export",
+        "measurements": export_account.measurements(e.scenario, reference, exported, written, seen, questions),
+        "notices": [export_account.reference_sentence(e.scenario.reference)],
+        "evidence": export_account.evidence(e.scenario, reference, exported, questions, written, seen),
+        "mode": "gpu" if device == "cuda" else "host",
+        "artifacts": {"export": str(e.out.relative_to(e.context.run_dir))} if e.out.exists() else {},
+    }
 
 
 def _failed(case: Case, failure: PhaseFailed) -> CaseResult:
@@ -198,6 +239,7 @@ def _failed(case: Case, failure: PhaseFailed) -> CaseResult:
         verdict=Verdict.FAILED if outcome.blames_device else Verdict.BROKEN,
         reason=str(failure),
         next_step=steps.get(outcome.status, f"Read the end of {outcome.log}."),
+        notices=list(getattr(failure, "__notes__", [])),
         assertions=[Assertion(name=f"the process '{failure.phase}' gives a result", passed=False, detail=str(failure))],
         evidence=dict(case.scenario.place),
         output_tail=outcome.output_tail,

@@ -24,6 +24,7 @@ from sparkproof.scenario import ExportScenario
 
 PACKAGES = {
     "peft": ("peft",), "transformers": ("transformers",), "llama.cpp": ("gguf", "xllamacpp"), "vllm": (),
+    "ollama": ("gguf", "ollama"),
 }  # fmt: skip
 VLLM = {  # one process, in sight of the watchdog; nothing is told to anyone
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -49,7 +50,7 @@ def lacking(scenario: ExportScenario, cache_dir: Path, gpu: bool = True) -> Lack
 
 def lacking_for(consumer: str, format_: str, cache_dir: Path, gpu: bool) -> Lacking | None:
     """What `consumer` needs, or whoever writes `format_`, and is not here; `gpu` as for `lacking`."""
-    needed = [*PACKAGES[consumer], *(("gguf",) if format_.startswith("gguf_") else ())]
+    needed = [*PACKAGES[consumer], *(("gguf",) if format_.startswith(("gguf_", "ollama_")) else ())]
     absent = [name for name in dict.fromkeys(needed) if importlib.util.find_spec(name) is None]
     if absent:
         return Lacking(

@@ -45,6 +45,7 @@ FORMATS = {
     "gguf_q4_k_m": Format(LLAMA, "Q4_K", frozenset({"Q6_K", "Q5_K"})),
     "gguf_q4_0": Format(LLAMA, "Q4_0", frozenset({"Q6_K"})),
     "gguf_mxfp4": Format(LLAMA, "MXFP4", frozenset({"Q8_0"})),
+    "ollama_q8_0": Format(("ollama",), "Q8_0"),
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-UNKNOWN = ("NotImplementedError",)  # how `export_gguf` says that llama.cpp has no place for a family
+# How `export_gguf` says that llama.cpp has no place for a family, and `export_ollama` that Ollama can't say a chat template.
+UNKNOWN = ("NotImplementedError", "can't be written for Ollama")
 # And for the tokenizer of one that is made on the spot, which is no family's own. Of a real model these are failures.
 UNKNOWN_MADE = ("tokenizer.model", "which no known one does")
 
@@ -30,6 +31,8 @@ def write(format_: str, base: Path, name: str, adapter: Path, out: Path) -> dict
         done = export.export_vllm_adapter(base, adapter, out, name)
     elif format_.startswith("gguf_"):
         done = export.export_gguf(base, out, format_.removeprefix("gguf_"), adapter, f"{name} fine-tuned")  # type: ignore[arg-type]
+    elif format_.startswith("ollama_"):
+        done = export.export_ollama(base, out, format_.removeprefix("ollama_"), adapter, f"{name} fine-tuned")
     else:
         raise ValueError(f"unknown format {format_}")
     return done.to_json()
