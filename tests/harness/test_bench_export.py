@@ -266,7 +266,7 @@ def test_views_tell_the_same_story_within_80_columns(measured: Measured) -> None
     for view in (text, page):
         assert views.tally(d) in view.replace("&#39;", "'") and "1,241 ±<1%" in view.replace("&lt;", "<")
         assert "33 of 33 layers offloaded" in view and "LoRA of rank 16" in view
-    assert "gguf_q4_k_m: 2 tensors' rows don't fit its type; it holds 3 Q4_K, 2 Q5_0" in text
+    assert "gguf_q4_k_m: tensors whose rows don't fit their type: 2; it holds 3 Q4_K, 2 Q5_0" in text
     assert page.count("<figure>") == 3 and "<script" not in page and "sparkproof bench export" in page
 
 

@@ -132,7 +132,7 @@ def remarks(d: Document) -> list[str]:
     for row in d.rows:
         if row.fallbacks:
             held = ", ".join(f"{n} {kind}" for kind, n in row.types.items())
-            found.append(f"{row.format}: {row.fallbacks} tensors' rows don't fit its type; it holds {held}")
+            found.append(f"{row.format}: tensors whose rows don't fit their type: {row.fallbacks}; it holds {held}")
     return [*found, *d.notes]
 
 
@@ -143,7 +143,7 @@ def footer(d: Document) -> list[str]:
         f"prefill, decode: tokens/s of a prompt of {d.prompt_tokens} tokens and of the {d.new_tokens} after it. ±: reach of the "
         f"95% interval over {d.rounds} rounds of fresh processes, {d.repeats} prompts each, formats in turn. peak GiB: above the "
         "start, of writing/reading, on the GPU where that ran there. Loading is from a file just written.",
-        f"{what(d)} {d.device}, {d.threads} threads{drift}; {d.seconds:.0f} s.",
+        f"{what(d)} {d.device}, {d.threads} thread{'s' if d.threads > 1 else ''}{drift}; {d.seconds:.0f} s.",
         tally(d),
     ]
 
