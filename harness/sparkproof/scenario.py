@@ -264,6 +264,17 @@ ExportFormat = Literal[
 ]  # fmt: skip
 
 
+class ExpectedDifference(Strict):
+    """One assertion that a consumer is known not to meet, and by how much."""
+
+    families: list[str] = Field(min_length=1, description="Whose exports it holds for, as in `source`.")
+    assertion: str = Field(description="The assertion's name.")
+    value: int | float | str = Field(description="What is seen: another value fails.")
+    shows: str = Field(default="", description="A text that the assertion's evidence has.")
+    reason: str = Field(min_length=20, description="Why, in a sentence.")
+    source: str = Field(pattern="^https://", description="Where that is known from.")
+
+
 class ExportScenario(ScenarioBase):
     """What was trained goes out in a format and comes back through its real consumer."""
 
@@ -296,6 +307,9 @@ class ExportScenario(ScenarioBase):
     clear_margin: float | dict[ExportFormat, float] = Field(
         default=0.5,
         description="Top-1 must agree where the reference leads by this, in nats; one number, or one a format.",
+    )
+    expected: list[ExpectedDifference] = Field(
+        default_factory=list, description="What the consumer is known not to do; everything else fails as ever."
     )
     prompts: list[str] = Field(
         default_factory=lambda: [

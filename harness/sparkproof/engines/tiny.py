@@ -38,17 +38,20 @@ LATENT: dict[str, Any] = {
 WIDE = 256  # weights in a super-block of llama.cpp's K-quants
 SCALED = ("intermediate_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank", "hidden_size")
 HEADS = ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "query_pre_attn_scalar")
-# What llama.cpp takes for granted of a family, and a model two layers high need not have.
-WIDE_CHANGES: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": None},  # its `llama` knows no window
-    "gemma3": {"num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
-    "gpt_oss": {"tie_word_embeddings": False},
-}
-ALIKE = 0.2  # of a wide model's experts: how far they are from their mean
 YARN: dict[str, Any] = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+# What llama.cpp takes for granted of a family, and a model two layers high need not have.
+WIDE_CHANGES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},  # its `llama` knows no window
+    "gemma3": {"num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
+    # Every 4th layer has no RoPE, and no key says otherwise; with twice the layers rounding grows, so weights are narrower.
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "initializer_range": 0.07},
+    # It rounds the bounds of YaRN's ramp; on gpt-oss itself, whose bounds lie in a ramp of ten dimensions, that is little.
+    "gpt_oss": {"tie_word_embeddings": False, "rope_parameters": {**YARN, "truncate": True}},
+}
+ALIKE = 0.2  # of a wide model's experts: how far they are from their mean
 # family -> (configuration class, what differs from COMMON)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),

@@ -25,7 +25,14 @@ from filelock import FileLock
 
 from sparkproof.errors import UserError
 from sparkproof.results import Assertion, CaseResult, Verdict
-from sparkproof.runners import export_account, export_consumers, export_judge, export_ollama_case, export_source
+from sparkproof.runners import (
+    export_account,
+    export_consumers,
+    export_expected,
+    export_judge,
+    export_ollama_case,
+    export_source,
+)
 from sparkproof.runners.base import Context
 from sparkproof.runners.export_source import Source
 from sparkproof.runners.process import Outcome
@@ -169,16 +176,15 @@ def _export_and_judge(e: Export, source: Source) -> CaseResult:
             seen |= e.phase("consume", asked, {**OFFLINE, **env}, **other)
         exported = np.load(rows)
         rows.unlink()
-    assertions = export_judge.judge(scenario, reference, exported, questions, seen)
+    judged = export_judge.judge(scenario, reference, exported, questions, seen)
+    assertions, declared = export_expected.apply(judged, scenario)
     verdict, reason = CaseResult.decide(assertions)
     if verdict is Verdict.PASSED and scenario.format != "adapter":
         shutil.rmtree(e.out) if e.out.is_dir() else e.out.unlink()
+    told = _told(e, reference, exported, questions, written, seen)
+    told["notices"] += declared
     return CaseResult(
-        verdict=verdict,
-        reason=reason,
-        next_step=export_account.next_step(assertions),
-        assertions=assertions,
-        **_told(e, reference, exported, questions, written, seen),
+        verdict=verdict, reason=reason, next_step=export_account.next_step(assertions), assertions=assertions, **told
     )
 
 

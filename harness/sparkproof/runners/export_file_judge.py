@@ -12,7 +12,7 @@ OVERHEAD = 32 << 20  # vocabulary, merges and headers
 TIMES = 0.05  # how far from once: the rounding of a 4-bit type is not quite orthogonal to the update
 ROPE = 1e-5  # factors and bases are stored in fp32
 FEW = ("token_embd", "output", "ffn_gate_inp")  # no majority is asked of these
-LEFT = ("ffn_gate_inp", "attn_sinks", "exp_probs_b")  # routers and vectors that llama.cpp never quantises
+LEFT = ("ffn_gate_inp", "attn_sinks", "exp_probs_b", ".bias")  # routers, vectors, and experts' stacked biases stay F32
 
 
 def judge(format_: str, seen: dict[str, Any]) -> list[Assertion]:
@@ -49,8 +49,10 @@ def types(format_: str, tensors: dict[str, dict[str, Any]], sixteen: str = "BF16
     for t in tensors.values():
         counts[t["type"]] = counts.get(t["type"], 0) + 1
     main = FORMATS[format_].main
-    matrices = [t for n, t in tensors.items() if len(t["shape"]) > 1 and not n.startswith(FEW) and main in
-                allowed(format_, t["shape"][-1])] if main else []  # fmt: skip
+    matrices = [
+        t for n, t in tensors.items()
+        if main and len(t["shape"]) > 1 and not n.startswith(FEW) and main in expected_types(format_, n, t, sixteen)
+    ]  # fmt: skip
     if matrices and format_ != "gguf_mxfp4":
         share = sum(math.prod(t["shape"]) for t in matrices if t["type"] == main) / sum(
             math.prod(t["shape"]) for t in matrices

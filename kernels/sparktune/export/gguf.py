@@ -29,6 +29,7 @@ from sparktune.export.gguf_types import EMBEDDING, PLAIN, QTYPES, Plan, Shape, c
 from sparktune.export.hf import TOKENIZER_FILES, Exported, copy_tokenizer, exported, opened
 from sparktune.export.imatrix import Importance, read_imatrix
 from sparktune.export.llama_cpp import converter
+from sparktune.export.llama_cpp_limits import complete
 from sparktune.export.lora import Adapter
 from sparktune.export.progress import Progress, silent
 from sparktune.export.tensors import Stored
@@ -72,7 +73,7 @@ def export_gguf(
         convert, gguf = stack.enter_context(converter())
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_reading(convert, checkpoint, lora))
-        model = _model(convert, gguf, folder, name or base.name, QTYPES[qtype][0])
+        model, notes = _model(convert, gguf, folder, name or base.name, QTYPES[qtype][0])
         writer = model.gguf_writer
         plan = _plan(gguf, writer, qtype, tensor_types, important)
         size = _stream(gguf, writer, plan, important, progress)
@@ -87,11 +88,12 @@ def export_gguf(
                 writer.close()
             if lora is not None:
                 lora.check_used()
+    if plan.fallbacks:
+        notes.append(f"{len(plan.fallbacks)} tensors did not fit the blocks of their type and took another.")
     return exported(
         out, len(plan.types), len(lora.used) if lora else 0, checkpoint.parameters, start,
         types=plan.types, fallbacks=plan.fallbacks,
-        notes=[f"{len(plan.fallbacks)} tensors did not fit the blocks of their type and took another."]
-        if plan.fallbacks else [],
+        notes=notes,
     )  # fmt: skip
 
 
@@ -163,15 +165,15 @@ def _reading(convert: Any, checkpoint: Checkpoint, lora: Adapter | None) -> Iter
         lazy.from_local_tensor = original
 
 
-def _model(convert: Any, gguf: Any, folder: Path, name: str, file_type: str) -> Any:
-    """llama.cpp's model, whose writer holds every tensor, lazily and in fp32, and all metadata."""
-    hparams = convert.ModelBase.load_hparams(folder, False)
+def _model(convert: Any, gguf: Any, folder: Path, name: str, file_type: str) -> tuple[Any, list[str]]:
+    """(llama.cpp's model, whose writer holds every tensor, lazily and in fp32, and all metadata; what the user should know)."""
+    hparams, notes = complete(convert.ModelBase.load_hparams(folder, False))
     architecture = convert.get_model_architecture(hparams, convert.ModelType.TEXT)
     try:
         kind = convert.get_model_class(architecture)
     except NotImplementedError as error:
         raise ExportError(f"llama.cpp's converter does not know the architecture {architecture}.", FIX) from error
-    model = kind(folder, gguf.LlamaFileType.ALL_F32, folder / "unused.gguf", model_name=name)
+    model = kind(folder, gguf.LlamaFileType.ALL_F32, folder / "unused.gguf", model_name=name, hparams=hparams)
     by_hash = model.get_vocab_base_pre
 
     def by_definition(tokenizer: Any) -> str:
@@ -188,7 +190,7 @@ def _model(convert: Any, gguf: Any, folder: Path, name: str, file_type: str) -> 
     for key, value in adds_ends(folder).items():
         model.gguf_writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value, gguf.GGUFValueType.BOOL)
     _check_rows(model.gguf_writer)
-    return model
+    return model, notes
 
 
 def _check_rows(writer: Any) -> None:
