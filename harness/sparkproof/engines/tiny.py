@@ -48,7 +48,6 @@ WIDE_CHANGES: dict[str, dict[str, Any]] = {
     "gemma3": {"num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
     # Every 4th layer has no RoPE, and no key says otherwise; with twice the layers rounding grows, so weights are narrower.
     "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "initializer_range": 0.07},
-    "deepseek_v3": {"initializer_range": 0.07},  # rounding to 4 bits turns its router less
     # It rounds the bounds of YaRN's ramp; on gpt-oss itself, whose bounds lie in a ramp of ten dimensions, that is little.
     "gpt_oss": {"tie_word_embeddings": False, "rope_parameters": {**YARN, "truncate": True}},
 }
