@@ -162,6 +162,9 @@ class OpSpec:
     scalars: Mapping[str, float] = field(default_factory=dict)
     # Integer outputs (codes) are the reference's; by name, the share of elements that may differ, and how far.
     integer_slack: Mapping[str, float] = field(default_factory=dict)
+    zero_of_equals: tuple[
+        str, ...
+    ] = ()  # outputs that are rightly 0 where all inputs are equal, or a last bit beside it
     integer_distance: int = 1
     bound: Literal["memory", "matrix"] = "memory"  # what limits its speed: bytes over bandwidth, or matrix products
     # Whether Inf must stay Inf. A product with zeros that plain PyTorch does not form may make NaN of it.
