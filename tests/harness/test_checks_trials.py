@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from sparkproof.checks.registry import evaluate
 from sparkproof.facts.model import Facts
+from sparkproof.facts.tried import Extension
 from test_checks_logic import change, one, quiet
 
 UNUSABLE = {"gpus__0__usable_by_torch": False}
@@ -222,3 +223,45 @@ def test_unsloth_that_imports_and_that_ends_otherwise() -> None:
     off = unsloth(knows_unified_memory=False)
     off.env["UNSLOTH_DISABLE_DOUBLE_BUFFER"] = "1"
     assert quiet("unsloth.offload", off).state == "ok"
+
+
+LATE = "no answer within 40 s"
+
+
+def four_bit_late(facts: Facts) -> None:
+    facts.tried.four_bit = [facts.tried.four_bit[0].model_copy(update={"error": f"the trial stopped: {LATE}"})]
+
+
+def vision_late(facts: Facts) -> None:
+    facts.packages["torchvision"] = "0.29.1"
+    facts.tried.extensions = [Extension(name="torchvision", version="0.29.1", error=LATE)]
+
+
+def torch_late(facts: Facts) -> None:
+    facts.torch = facts.torch.model_copy(update={"version": None, "cuda": None, "error": f"importing torch: {LATE}"})
+    facts.gpus = [g.model_copy(update={"usable_by_torch": False}) for g in facts.gpus]
+
+
+def compilation_late(facts: Facts) -> None:
+    assert facts.tried.compilation is not None
+    facts.tried.compilation = facts.tried.compilation.model_copy(update={"error": f"the cold compilation: {LATE}"})
+
+
+def kernels_late(facts: Facts) -> None:
+    assert facts.tried.shared_memory is not None
+    facts.tried.shared_memory = facts.tried.shared_memory.model_copy(update={"fits_ran": False, "error": LATE})
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("bitsandbytes.round_trip", four_bit_late), ("torch.vision", vision_late), ("gpu.unusable", torch_late),
+        ("triton.compile", compilation_late), ("gpu.shared_memory_limit", kernels_late),
+    ],
+)  # fmt: skip
+def test_a_trial_that_met_its_time_limit_is_no_failure_with_a_reinstallation_for_cure(name: str, spoil: Any) -> None:
+    facts = change("gb10_healthy")
+    spoil(facts)
+    outcome = quiet(name, facts)
+    assert outcome.state == "not read"
+    assert LATE in outcome.seen and "try again when it is idle" in outcome.seen

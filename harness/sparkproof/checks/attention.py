@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sparkproof.checks.finding import Severity
 from sparkproof.checks.gpu import NO_USABLE_GPU
-from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok, check
+from sparkproof.checks.registry import LATE, Answer, Found, NotApplicable, NotRead, Ok, check
 from sparkproof.facts.model import Facts
 from sparkproof.facts.tried import Attention
 
@@ -59,7 +59,7 @@ def flex(facts: Facts) -> Answer:
     rows = [r for r in facts.tried.attention or [] if r.backend == "flex"]
     if not rows:
         return NotRead("flex_attention, which was not tried")
-    late = next((r.refused for r in rows if r.refused and "no answer within" in r.refused), None)
+    late = next((r.refused for r in rows if r.refused and LATE in r.refused), None)
     if late:  # too slow to compile in the time given is no proof of anything
         return NotRead(f"flex_attention: {late}")
     found = [Found(f"{_name(r)}: {r.refused or f'off by {r.error:.2g}'}") for r in rows if not _works(r)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparkproof.checks.finding import Severity
-from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok, check
+from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok, check, unanswered
 from sparkproof.facts.model import Facts
 from sparkproof.results import ReasonClass
 
@@ -69,6 +69,8 @@ def round_trip(facts: Facts) -> Answer:
         return NotRead("a 4-bit round trip, which was not tried")
     found = []
     for t in tried:
+        if late := unanswered(f"a 4-bit round trip on {t.device}", t.error):
+            return late
         where = f"bitsandbytes {b.version} on {t.device}"
         if t.error:
             found.append(Found(f"{where}: {t.error}"))

@@ -7,7 +7,7 @@ module, device files, NVML) together with a torch that cannot compute on it; whi
 from __future__ import annotations
 
 from sparkproof.checks.finding import Severity
-from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok, check
+from sparkproof.checks.registry import LATE, Answer, Found, NotApplicable, NotRead, Ok, check, unanswered
 from sparkproof.facts.model import Facts
 from sparkproof.results import ReasonClass
 
@@ -47,6 +47,8 @@ def unusable(facts: Facts) -> Answer:
     if _mismatched(facts):
         return NotApplicable("explained by driver.mismatch")
     if torch.version is None:
+        if late := unanswered("what torch says about CUDA", torch.error):
+            return late
         return Found(
             torch.error or "torch is not installed",
             cause="torch cannot be imported, so nothing can be trained at all.",
@@ -103,13 +105,13 @@ def _torch_refuses(facts: Facts) -> Found:
         )
     if "out of memory" in error.lower():
         return Found(seen, cause="Nothing is left of the GPU's memory for even a small computation.")
-    if "no answer within" in error and "imported" in error:
+    if LATE in error and "imported" in error:
         return Found(
             seen,
             cause="Importing torch alone took longer than that: a slow or full disk, or a machine that is busy.",
             fix="time python -c 'import torch'  # and once more, when its files are in the page cache",
         )
-    if "no answer within" in error:
+    if LATE in error:
         return Found(seen, cause="The CUDA context is wedged: even a small computation does not come back.")
     return Found(seen)
 
@@ -178,6 +180,8 @@ def shared_memory_limit(facts: Facts) -> Answer:
         return NotRead(f"the two kernels: {tried.error or 'no answer'}")
     seen = f"{tried.fits_bytes} of {tried.limit} bytes"
     if not tried.fits_ran:
+        if late := unanswered("the two kernels", tried.error):
+            return late
         return Found(
             f"a kernel with {seen} did not run right: {tried.error or 'its product is wrong'}",
             severity=Severity.ERROR,

@@ -46,6 +46,16 @@ class NotRead:
     what: str
 
 
+LATE = "no answer within"  # how `facts.host` words a time limit that was met
+
+
+def unanswered(what: str, error: str | None) -> NotRead | None:
+    """For a trial that met its time limit: a busy machine does that too, so it is no failure and has no cure."""
+    if not error or LATE not in error:
+        return None
+    return NotRead(f"{what}: {error}; a busy machine does that too, so try again when it is idle")
+
+
 Answer = Ok | Found | NotApplicable | NotRead | list[Found]
 Check = Callable[[Facts], Answer]
 CHECKS: dict[str, Check] = {}

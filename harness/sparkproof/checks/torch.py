@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparkproof.checks.gpu import NO_HARDWARE
-from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok, check
+from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok, check, unanswered
 from sparkproof.facts.model import Facts
 from sparkproof.results import ReasonClass
 
@@ -37,6 +37,8 @@ def vision(facts: Facts) -> Answer:
     if tried is None:
         return NotRead("whether torchvision's operators work")
     version = facts.packages["torchvision"]
+    if late := unanswered("whether torchvision's operators work", tried.error):
+        return late
     if tried.error:
         return Found(f"torchvision {version} beside torch {facts.torch.version}: {tried.error}")
     return Ok(f"torchvision {version}: nms kept the boxes that it should")

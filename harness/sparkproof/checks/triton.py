@@ -7,7 +7,7 @@ error.
 from __future__ import annotations
 
 from sparkproof.checks.finding import Severity
-from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok, check
+from sparkproof.checks.registry import Answer, Found, NotApplicable, NotRead, Ok, check, unanswered
 from sparkproof.facts.model import TARGET_COMPUTE_CAPABILITY, Facts
 from sparkproof.facts.toolchain import Ptxas
 from sparkproof.results import ReasonClass
@@ -90,6 +90,8 @@ def compile_twice(facts: Facts) -> Answer:
         return NotApplicable("explained by triton.ptxas", ReasonClass.SOFTWARE)
     if c is None:
         return NotRead("the compilations, which were not tried")
+    if late := unanswered("the compilations", c.error):
+        return late
     if c.error:
         on_target = facts.gpu is not None and facts.gpu.capability == TARGET_COMPUTE_CAPABILITY
         return Found(c.error, severity=None if on_target else Severity.WARNING)
