@@ -14,11 +14,16 @@ from torch import nn
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(scope="module")
+def untouched():
     found = with_lora(build("qwen3"))
     patch_model(found)
     return found.train()
+
+
+@pytest.fixture
+def model(untouched):
+    return copy.deepcopy(untouched)
 
 
 def layer_of(model):
