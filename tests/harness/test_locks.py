@@ -8,11 +8,12 @@ import struct
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
 from packaging.requirements import Requirement
 from sparkproof.errors import UserError
 from sparkproof.facts.fatbin import MACHINE_CODE, MAGIC, PTX, architectures
-from sparkproof.locks import judge
+from sparkproof.locks import index, judge
 from sparkproof.locks.__main__ import check
 from sparkproof.locks.index import Folder
 from sparkproof.locks.lockfile import on, read_lock
@@ -251,3 +252,47 @@ def test_the_committed_locks_hold_their_inputs(recipe: Recipe) -> None:
 def test_a_marker_is_kept_beside_the_platforms() -> None:
     text = for_platforms(Requirement("triton>=3.6; platform_system == 'Linux'"))
     assert text.startswith('triton>=3.6 ; (platform_system == "Linux") and sys_platform == "linux"')
+
+
+class Shaky:
+    """A server that cuts the first answers off, or is overloaded, and then serves two bytes."""
+
+    def __init__(self, *answers: int | None) -> None:
+        self.answers, self.asked = list(answers), 0
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.asked += 1
+        status = self.answers.pop(0) if self.answers else 206
+        if status is None:
+            raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+        return httpx.Response(status, content=b"ab", headers={"content-range": "bytes 0-0/2"})
+
+
+def read_from(server: Shaky, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    monkeypatch.setattr(index.time, "sleep", lambda seconds: None)
+    source = index.HttpIndex({})
+    source.client = httpx.Client(transport=httpx.MockTransport(server))
+    return source.open(index.File("a.whl", "https://index.test/a.whl", "", 2)).read()
+
+
+@pytest.mark.parametrize("answers", [(None,), (503, None, 429)])
+def test_an_answer_that_was_cut_off_is_asked_for_again(
+    answers: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Shaky(*answers)
+    assert read_from(server, monkeypatch) == b"ab"
+    assert server.asked == len(answers) + 1
+
+
+def test_an_index_that_never_answers_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Shaky(*[None] * 9)
+    with pytest.raises(UserError, match=r"a\.whl can.t be read: Server disconnected"):
+        read_from(server, monkeypatch)
+    assert server.asked == index.RETRIES + 1
+
+
+def test_a_file_that_is_missing_is_not_asked_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Shaky(404)
+    with pytest.raises(UserError, match="answered 404"):
+        read_from(server, monkeypatch)
+    assert server.asked == 1

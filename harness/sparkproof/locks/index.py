@@ -9,6 +9,7 @@ import html.parser
 import io
 import os
 import re
+import time
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ TIMEOUT_S = 60
 BLOCK = 32 * 1024  # a library's header, or a small wheel's directory, in one request
 LARGEST_BLOCK = 4 * 1024 * 1024  # reading on doubles what is asked for, up to this
 RETRIES = 3
+OVERLOADED = (429, 502, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,26 @@ class Source(Protocol):
         """The file, seekable, fetched in parts as they are read."""
 
 
+def patiently(client: httpx.Client, url: str, headers: dict[str, str]) -> httpx.Response:
+    """GET, again after 1, 2 and 4 seconds where the connection breaks or the server is overloaded.
+
+    httpx itself tries again only what never connected; of some thousand requests a check makes, one is cut off now and then.
+    Errors: the last httpx.TransportError.
+    """
+    for attempt in range(RETRIES + 1):
+        last = attempt == RETRIES
+        try:
+            answer = client.get(url, headers=headers)
+        except httpx.TransportError:
+            if last:
+                raise
+        else:
+            if last or answer.status_code not in OVERLOADED:
+                return answer
+        time.sleep(2**attempt)
+    raise AssertionError("the last attempt returns or raises")
+
+
 class HttpIndex:
     """An index on the net."""
 
@@ -62,7 +84,7 @@ class HttpIndex:
         """Every file of a project. Errors: UserError if the index doesn't answer."""
         page = f"{self.url}/{project}/"
         try:
-            answer = self.client.get(page, headers={"Accept": ACCEPT})
+            answer = patiently(self.client, page, {"Accept": ACCEPT})
         except httpx.HTTPError as error:
             raise UserError(
                 f"The package index doesn't answer for {project}: {error}.", "Look at the network."
@@ -151,7 +173,7 @@ class _Ranges(io.RawIOBase):
 
     def _get(self, first: int, last: int) -> httpx.Response:
         try:
-            answer = self.client.get(self.file.url, headers={"Range": f"bytes={first}-{last}"})
+            answer = patiently(self.client, self.file.url, {"Range": f"bytes={first}-{last}"})
         except httpx.HTTPError as error:
             raise UserError(f"{self.file.name} can't be read: {error}.", "Look at the network.") from error
         if answer.status_code != httpx.codes.PARTIAL_CONTENT:
