@@ -29,6 +29,10 @@ ISSUE = {  # what a training gate must be able to find, and the faults here that
 }
 
 
+# The thirteen runs take each worker that draws one of these 45 s.
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def document(tmp_path_factory):
     told = []
@@ -41,12 +45,14 @@ def test_the_table_has_every_fault_of_the_list():
     assert {f.id for f in FAULTS} == {i for ids in ISSUE.values() for i in ids}
 
 
+@SLOW
 def test_the_run_without_a_fault_passes(document):
     assert document["unplanted"] == "passed", document["unplanted_reason"]
     for fault in FAULTS:
         assert any(name.startswith(fault.caught_by) for name in document["assertions"]), fault.id
 
 
+@SLOW
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.id)
 def test_each_fault_is_caught_by_the_assertion_that_names_it(document, fault):
     (trial,) = [t for t in document["faults"] if t["id"] == fault.id]
@@ -54,6 +60,7 @@ def test_each_fault_is_caught_by_the_assertion_that_names_it(document, fault):
     assert trial["by"].startswith(fault.caught_by) and trial["message"]
 
 
+@SLOW
 def test_the_document_keeps_its_schema(document):
     schema = json.loads((ROOT / "reports/schema/selftest-train-1.json").read_text())
     jsonschema.validate(document, schema)
@@ -79,6 +86,7 @@ def test_what_only_another_assertion_finds_is_not_caught(monkeypatch, tmp_path, 
     assert [(t.caught, bool(t.also)) for t in found.faults] == [(caught, missed == "canary after training")]
 
 
+@SLOW
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_verb_says_what_survived_by_its_exit_code(monkeypatch, document, passed):
     from sparkproof.cli import app
