@@ -2,6 +2,7 @@
 
 import pytest
 from sparkproof.runners import export_go
+from sparkproof.runners.export_talks import SYSTEM, TURNS
 from sparktune.export.chat_form import DATES, derive
 from sparktune.export.ollama import go_template
 from test_export_ollama import (
@@ -17,15 +18,7 @@ from test_export_ollama import (
 
 pytestmark = pytest.mark.skipif(not export_go.available(), reason="needs Go's compiler: sudo apt install golang-go")
 
-SYSTEM = {"role": "system", "content": 'Say "yes" & <no>, {{ .System }} too.'}
-TALK = [
-    {"role": "user", "content": "Grüße, 12345 {{ if }} ?"},
-    {"role": "assistant", "content": "日本語\n\n  two lines"},
-    {"role": "user", "content": "back\\slash and 🙂"},
-    {"role": "assistant", "content": "`quoted`"},
-    {"role": "user", "content": "last"},
-]
-TALKS = [TALK, TALK[:3], TALK[:1]]
+TALKS = [TURNS, TURNS[:3], TURNS[:1]]
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +56,9 @@ def test_a_template_with_one_space_more_is_told_apart(go):
 def test_ollama_joins_consecutive_messages_of_one_role_and_chat_templates_do_not(go):
     """The known difference, held so that it is noticed when it goes."""
     render = render_of(CHATML)
-    twice = [TALK[0], TALK[0]]
+    twice = [TURNS[0], TURNS[0]]
     (found,) = go(go_template(derive(render)), [twice])
-    joined = [{"role": "user", "content": f"{TALK[0]['content']}\n\n{TALK[0]['content']}"}]
+    joined = [{"role": "user", "content": f"{TURNS[0]['content']}\n\n{TURNS[0]['content']}"}]
     assert found == render(joined, DATES[0]) != render(twice, DATES[0])
 
 

@@ -126,9 +126,14 @@ class Document(Strict):
     seconds: float = Field(default=0.0, description="The whole run.")
 
 
+def schema_text(document: type[Strict], title: str) -> str:
+    """The JSON Schema of a bench's document, as all three commit theirs."""
+    schema = document.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = title
+    return json.dumps(schema, indent=2) + "\n"
+
+
 def bench_schema() -> str:
     """The JSON Schema, as committed."""
-    schema = Document.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = f"sparkproof bench ops, version {VERSION}"
-    return json.dumps(schema, indent=2) + "\n"
+    return schema_text(Document, f"sparkproof bench ops, version {VERSION}")

@@ -114,14 +114,12 @@ class CausalLM:
         return self.model
 
     def _targets(self: Any, labels: Tensor | None, shifted: Tensor | None, documents: Documents | None) -> Tensor:
-        """Each position's next token [B, S], on the head's device."""
-        device = head(self.lm_head)[0].device
+        """Each position's next token [B, S]."""
         if shifted is not None:
-            return shifted.to(device)
+            return shifted
         assert labels is not None
-        labels = labels.to(device)
         if documents is not None and documents.packed:
-            labels = documents.without_first(labels)
+            labels = documents.without_first(labels.to(documents.cu_seqlens.device))
         return shift_labels(labels)
 
     def _loss(

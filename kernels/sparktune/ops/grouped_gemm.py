@@ -222,7 +222,7 @@ def unit(dtype: torch.dtype, *numbers: int) -> int:
 
 def ranks(b: Tensor | None) -> int:
     """How many ranks the low-rank term takes at a step."""
-    return 16 if b is None else max(16, min(64, int(next_power_of_2(b.shape[2]))))
+    return 16 if b is None else max(16, min(64, next_power_of_2(b.shape[2])))
 
 
 def laid(w: Tensor) -> tuple[Tensor, bool]:

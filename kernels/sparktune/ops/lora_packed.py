@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparktune.ops import dispatch
 from sparktune.ops.dropout import drop
-from sparktune.ops.launching import next_power_of_2
+from sparktune.ops.launching import cdiv, next_power_of_2
 from sparktune.ops.numerics import cast
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Launch
 from sparktune.ops.weights import Weight
@@ -91,17 +91,14 @@ class Stack:
         first = sum(self.ranks[:i])
         return slice(first, first + self.ranks[i])
 
-    def around(self, i: int) -> tuple[Config, slice, int, int, int]:
-        """How layer i's `adapter_kernel` starts: its configuration and slot, the end of the rows below that are its to
-        write, and its programs beside the weight and below."""
-        return self._around[i]
-
     @functools.cached_property
-    def _around(self) -> list[tuple[Config, slice, int, int, int]]:
+    def around(self) -> list[tuple[Config, slice, int, int, int]]:
+        """How each layer's `adapter_kernel` starts: its configuration and slot, the end of the rows below that are its to
+        write, and its programs beside the weight and below."""
         c, found = Config.choose(self.r), []
         for i, w in enumerate(self.weights):
             slot, last = self.slot(i), i + 1 == len(self.weights)
-            found.append((c, slot, self.r if last else slot.stop, -(-w.shape[0] // c.tile), -(-self.k // c.tile)))
+            found.append((c, slot, self.r if last else slot.stop, cdiv(w.shape[0], c.tile), cdiv(self.k, c.tile)))
         return found
 
     @functools.cached_property
@@ -199,7 +196,7 @@ def pack(
             w.into(p[rows, :k])
         if r == 0:
             continue
-        c, slot, last, beside, below = stack.around(i)
+        c, slot, last, beside, below = stack.around[i]
         ai, bi, zi = a[i], b[i], bias[i]
         dispatch.launch(
             adapter_kernel, beside + below, p, p, p if ai is None else ai, p if bi is None else bi, p if zi is None else zi,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Literal
 
 from pydantic import Field
 
-from sparkproof.bench.document import Interval
+from sparkproof.bench.document import Interval, schema_text
 from sparkproof.bench.train.document import Canary
 from sparkproof.results import Strict
 
@@ -135,7 +134,4 @@ class Document(Strict):
 
 def export_schema() -> str:
     """The JSON Schema, as committed."""
-    schema = Document.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = f"sparkproof bench export, version {VERSION}"
-    return json.dumps(schema, indent=2) + "\n"
+    return schema_text(Document, f"sparkproof bench export, version {VERSION}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from pydantic import Field
 
-from sparkproof.bench.document import EngineInfo, Interval, Verdict
+from sparkproof.bench.document import EngineInfo, Interval, Verdict, schema_text
 from sparkproof.bench.train.setting import Setting
 from sparkproof.results import Strict
 
@@ -133,7 +132,4 @@ class Document(Strict):
 
 def train_schema() -> str:
     """The JSON Schema, as committed."""
-    schema = Document.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = f"sparkproof bench train, version {VERSION}"
-    return json.dumps(schema, indent=2) + "\n"
+    return schema_text(Document, f"sparkproof bench train, version {VERSION}")
