@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from sparktune.models import patch_model
-from sparktune.models.checkpointing import ALL, KINDS, NONE, LayerShape, set_memory_budget, spare, spend
+from sparktune.models.checkpointing import ALL, KINDS, NONE, WEIGHTS, LayerShape, set_memory_budget, spare, spend
 from sparktune.models.layer_function import DecoderLayer
+from sparktune.models.layer_parts import parts_of
 from sparktune.models.projection import fallbacks, reset_fallbacks
 from sparktune.ops import dispatch
+from sparktune.ops.weights import Weight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sparktune"))
 import families
@@ -203,7 +205,8 @@ class TestBudget:
         assert each == {"attention": 144, "residual": 128, "qkv": 256, "gate_up": 512}
         for budget in (0, 1000, 5000, 144 * 10, 10**9):
             kept = spend(budget, 10, 16, [self.LAYER] * 3)
-            spent = sum(10 * each[k] for layer in kept for k in layer)
+            weights = self.LAYER.weight_bytes * sum(WEIGHTS in layer for layer in kept)
+            spent = weights + sum(10 * each[k] for layer in kept for k in layer & ALL)
             assert spent <= budget
             left = [k for layer in kept for k in KINDS if k not in layer]
             assert not left or budget - spent < min(10 * each[k] for k in left)
@@ -236,8 +239,111 @@ class TestBudget:
             assert [len(layer.keep) for layer in layers] == [kinds, 4]  # the last: a loss of 40 words needs little room
         set_memory_budget(ours, float("inf"))
         ours(**batch(device, length=3), use_cache=False)
-        assert all(layer.keep == ALL for layer in layers)
+        assert all(layer.keep == ALL | {WEIGHTS} for layer in layers)
         with pytest.raises(ValueError, match="0 bytes or more"):
             set_memory_budget(ours, -1)
         with pytest.raises(ValueError, match="patch it first"):
             set_memory_budget(torch.nn.Linear(2, 2), 1)
+
+
+class TestHeldWeights:
+    """What the budget has left over keeps weights in 16 bits, and nothing else of a step changes."""
+
+    LAYER = TestBudget.LAYER
+
+    def test_activations_of_all_layers_go_first(self):
+        activations = 3 * 10 * sum(self.LAYER.bytes_of(k) for k in KINDS)
+        weights = self.LAYER.weight_bytes
+        assert weights == 2 * 64 * (64 + 2 * 32 + 64 + 3 * 128)
+        assert spend(activations + weights - 1, 10, 16, [self.LAYER] * 3) == [ALL] * 3
+        assert spend(activations + 2 * weights, 10, 16, [self.LAYER] * 3) == [ALL, ALL | {WEIGHTS}, ALL | {WEIGHTS}]
+        short = spend(activations - 1, 10, 16, [self.LAYER] * 3)
+        assert short[0] != ALL and not any(WEIGHTS in k for k in short)
+
+    @pytest.mark.parametrize("family", ["llama", "qwen3", "phi4-mini"])
+    def test_a_step_is_the_same_to_the_bit(self, twins, device, family):
+        theirs, ours = twins(family)
+        keep(ours, NONE)
+        first = agree(ours, theirs, batch(device, length=7))
+        keep(ours, ALL | {WEIGHTS})
+        for _ in range(2):
+            agree(ours, theirs, batch(device, length=7), exact=first)
+        assert all(g.held.buffer is not None for g in held(ours))
+
+    def test_weights_are_written_once_and_factors_once_a_step(self, twins, device, monkeypatch):
+        _, ours = twins("llama")
+        keep(ours, ALL | {WEIGHTS})
+        written = []
+        into = Weight.into
+        monkeypatch.setattr(Weight, "into", lambda self, out: (written.append(out.shape), into(self, out))[1])
+        families.step(ours, **batch(device, length=7))
+        assert len(written) == 2 * 7  # layers, projections
+        before = [g.held.serial for g in held(ours)]
+        families.step(ours, **batch(device, length=7))
+        assert len(written) == 2 * 7
+        assert [g.held.serial for g in held(ours)] == [n + 1 for n in before]
+
+    def test_two_forwards_before_their_backwards_have_their_own_factors(self, twins, device):
+        theirs, ours = twins("llama")
+        keep(ours, ALL | {WEIGHTS})
+        for model in (theirs, ours):
+            model.zero_grad()
+        data = batch(device, length=7)
+        for model in (theirs, ours):
+            losses = [model(**data, use_cache=False).loss for _ in range(2)]
+            for loss in losses:
+                loss.backward()
+        wanted = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+        found = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+        assert families.worst(found, wanted)[0] < 2e-5
+
+    @pytest.mark.parametrize("change", ["in place", "other memory", "another factor"])
+    def test_a_weight_that_changed_is_written_again(self, twins, device, change):
+        theirs, ours = twins("llama")
+        keep(ours, ALL | {WEIGHTS})
+        agree(ours, theirs, batch(device, length=7))
+        for model in (theirs, ours):
+            q = model.get_base_model().model.layers[0].self_attn.q_proj
+            if change == "in place":
+                with torch.no_grad():
+                    q.base_layer.weight.mul_(1.5)
+            elif change == "other memory":
+                q.base_layer.weight.data = q.base_layer.weight.data * 1.5
+            else:
+                q.lora_A["default"].weight.data = q.lora_A["default"].weight.data * 2
+        agree(ours, theirs, batch(device, length=7))
+
+    def test_they_go_when_the_budget_or_checkpointing_does_and_stay_in_evaluation(self, twins, device):
+        _, ours = twins("llama")
+        keep(ours, NONE)
+        set_memory_budget(ours, float("inf"))
+        data = batch(device, length=3)
+        ours(**data, use_cache=False)
+        kept = [g.held.buffer for g in held(ours)]
+        assert all(b is not None for b in kept)
+        ours.eval()
+        with torch.no_grad():
+            ours(**data, use_cache=False)
+        assert all(g.held.buffer is b for g, b in zip(held(ours), kept, strict=True))
+        ours.train()
+        set_memory_budget(ours, 0)
+        ours(**data, use_cache=False)
+        assert all(g.held.buffer is None for g in held(ours))
+
+    def test_another_stream_does_not_write_over_what_one_reads(self, twins, device):
+        if device.type != "cuda":
+            pytest.skip("streams need a GPU")
+        theirs, ours = twins("llama")
+        keep(ours, ALL | {WEIGHTS})
+        first = agree(ours, theirs, batch(device, length=7))
+        old = [g.held.buffer for g in held(ours)]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            agree(ours, theirs, batch(device, length=7), exact=first)
+        torch.cuda.synchronize()
+        assert all(g.held.buffer is not b for g, b in zip(held(ours), old, strict=True))
+
+
+def held(model):
+    """All groups of a model's layers, as they were last read."""
+    return [g for layer in model.get_base_model().model.layers for g in parts_of(layer).groups]

@@ -6,7 +6,7 @@ import families
 import pytest
 import sparktune
 import torch
-from sparktune.models.checkpointing import KINDS
+from sparktune.models.checkpointing import KINDS, WEIGHTS
 from sparktune.planning import GB10, H100, Ceilings, ModelShape, plan
 from torch import nn
 
@@ -56,7 +56,10 @@ def test_memory_buys_time_and_never_more_than_it_costs():
     assert set(plans[0].kept.values()) <= {0, 1}  # of the last layer, in room that the loss leaves
     assert plans[0].kept["gate_up"] == 1
     assert plans[0].bytes["kept activations"] == 0
-    assert plans[3].kept == dict.fromkeys(KINDS, 32)
+    assert plans[3].kept == dict.fromkeys((*KINDS, WEIGHTS), 32)
+    assert plans[3].ms["dequantisation"] == 0
+    assert plans[3].bytes["weights kept in 16 bits"] == pytest.approx(2 * LLAMA.layer_weights * 32, rel=0.02)
+    assert all(p.bytes["weights kept in 16 bits"] == 0 for p in plans[:3])
     assert plans[3].ms["products again"] == 0
     for p, budget in zip(plans[:3], (0, 2e9, 5e9), strict=True):
         assert p.bytes["kept activations"] <= budget

@@ -8,9 +8,11 @@ What can be kept of a layer, and what each spares (per token; K hidden width, I 
     gate_up     gate and up                  theirs, 4 K I flops
 
 A byte of any of the last three spares K flops; of attention S, slower. So attention goes first where rows are longer than 0.6
-of the width, and the rest in order of size. Layers at the end come first, since they are kept for the shortest time. The
-low-rank products (ranks wide) are always kept. The backward of an op needs no more than these and the layer's input: the down
-projection is never computed again.
+of the width, and the rest in order of size. Layers at the end come first, since they are kept for the shortest time.
+
+What is left when all layers keep all four holds weights in 16 bits from one step to the next (`models.held`): a byte of those
+spares two and a half bytes of traffic, on an H100 as much time as 700 flops. The low-rank products (ranks wide) are always
+kept. The backward of an op needs no more than these and the layer's input: the down projection is never computed again.
 
 What the last layer keeps may cost nothing: between its forward and its backward there is only the loss, and where that needs
 less room than a layer's backward does (`spare`), the difference is there to be used in every step.
@@ -32,6 +34,7 @@ from sparktune.ops.device import DeviceProperties
 
 KINDS = ("attention", "residual", "qkv", "gate_up")
 ALL = frozenset(KINDS)
+WEIGHTS = "weights"  # besides: the layer's weights in 16 bits
 NONE: frozenset[str] = frozenset()
 
 
@@ -55,6 +58,11 @@ class LayerShape:
             return ((self.q + 2 * self.kv) + (self.q + self.kv) * self.head_norms) * self.itemsize
         return (self.hidden if kind == "residual" else 2 * self.inner) * self.itemsize
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the layer's weights in an activation's dtype."""
+        return (self.hidden * (2 * self.q + 2 * self.kv) + 3 * self.hidden * self.inner) * self.itemsize
+
     def flops_of(self, kind: str, row: int) -> float:
         """Flops a token that keeping `kind` spares, those of attention (causal rows of `row` tokens) weighed by its speed.
 
@@ -72,7 +80,7 @@ def spend(
 ) -> list[frozenset[str]]:  # fmt: skip
     """What each layer keeps: as much as `budget` bytes hold, most time a byte first, the last layers before the first.
 
-    The last layer keeps up to `spare` bytes besides.
+    The last layer keeps up to `spare` bytes besides. Where all layers keep all kinds, the rest holds `WEIGHTS`.
     """
     kept: list[set[str]] = [set() for _ in layers]
     if layers:
@@ -88,6 +96,10 @@ def spend(
         if cost <= budget:
             budget -= cost
             kept[i].add(kind)
+    for keeps, layer in zip(reversed(kept), reversed(layers), strict=True):
+        if all(k >= ALL for k in kept) and layer.weight_bytes <= budget:
+            budget -= layer.weight_bytes
+            keeps.add(WEIGHTS)
     return [frozenset(k) for k in kept]
 
 
@@ -125,9 +137,9 @@ def set_memory_budget(model: nn.Module, budget: float, *, offload: bool = False)
     """Let layers keep up to `budget` bytes of activations a batch when gradient checkpointing is on (0: only what the last
     layer can keep in room that the loss leaves unused; inf: all).
 
-    Kept is what spares most time a byte. `offload`: each layer's input waits in pinned host memory, for a GPU that has
-    memory of its own. Errors: ValueError for a negative budget, a model without layers of ours, or a device where
-    offloading frees nothing.
+    Kept is what spares most time a byte; what is left after all activations keeps weights in 16 bits. `offload`: each layer's
+    input waits in pinned host memory, for a GPU that has memory of its own. Errors: ValueError for a negative budget, a model
+    without layers of ours, or a device where offloading frees nothing.
     """
     if budget < 0:
         raise ValueError(f"a memory budget is 0 bytes or more, got {budget}")

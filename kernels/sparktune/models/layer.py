@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparktune.models import parts
-from sparktune.models.checkpointing import ALL, NONE, LayerShape
+from sparktune.models.checkpointing import ALL, NONE, WEIGHTS, LayerShape
 from sparktune.models.layer_function import Call, DecoderLayer
 from sparktune.models.layer_parts import LayerParts, parts_of
 from sparktune.models.projection import Unfit, note_fallback
@@ -56,6 +56,10 @@ class PreNormLayer(OpByOpLayer):
         if whole is not None:
             checkpointed = self.training and self.gradient_checkpointing
             keep, store = (self.keep, self.store) if checkpointed else (ALL, None)
+            if self.gradient_checkpointing and WEIGHTS in self.keep:
+                keep |= {WEIGHTS}  # in evaluation too: training goes on after it
+            else:
+                whole.release()
             batch, length, width = hidden_states.shape
             tables = kwargs["position_embeddings"] if whole.turns else None
             call = Call(whole, (batch, length), tables, kwargs.get("documents"), keep, store)

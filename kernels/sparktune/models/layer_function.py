@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from sparktune.models.attention_graph import Attended
+from sparktune.models.checkpointing import WEIGHTS
 from sparktune.models.documents import Documents
 from sparktune.models.layer_parts import Group, LayerParts
 from sparktune.models.parts import Tables
 from sparktune.ops import add_rms_norm, dispatch, glu, lora_mlp, qk_norm_rope, rms_norm
-from sparktune.ops.lora_packed import factor_gradients, forward_packed, input_gradient, pack, with_room
+from sparktune.ops.lora_packed import factor_gradients, forward_packed, input_gradient, with_room
 from sparktune.ops.rope import rotate
 
 
@@ -45,6 +46,7 @@ class State:
     x1: Tensor | None = None
     eu: Tensor | None = None
     tails: tuple[Tensor | None, ...] = (None, None, None, None)  # x A^T of qkv, o, gate and up, down
+    serials: tuple[int, ...] = ()  # of the groups' held buffers, when this layer's forward had written them
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,12 @@ class Call:
 
 
 def project(
-    group: Group, x: Tensor, onto: Tensor | None = None, tail_free: bool = False, room: int = 0,
-    known: Tensor | None = None,
+    call: Call, i: int, x: Tensor, onto: Tensor | None = None, tail_free: bool = False, room: int = 0,
+    known: Tensor | None = None, serial: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(onto + x W^T + LoRA [M, N] in rows with room, x A^T [M, R], or `known`) for a group's input x [M, K]."""
-    p = pack(group.stack, group.a, group.b, group.bias, group.scales, x.dtype)
+    """(onto + x W^T + LoRA [M, N] in rows with room, x A^T [M, R], or `known`) for the input x [M, K] of group `i`."""
+    group = call.parts.groups[i]
+    p = group.buffer(x.dtype, WEIGHTS in call.keep, serial)
     return forward_packed(x, p, group.stack.n, group.one, tail_free=tail_free, onto=onto, room=room, known=known)
 
 
@@ -115,11 +118,11 @@ def advance(call: Call, x: Tensor, state: State) -> tuple[Tensor, Tensor | None,
     Used by the forward, where everything is missing, and by the backward, for what was not kept.
     """
     p, way = call.parts, dispatch.route("decoder_layer", x)
-    tails = list(state.tails)
+    tails, serials = list(state.tails), state.serials or (None,) * 4
     r1 = None
     if state.qkv is None:
         n1, r1 = normed(x, p.norm1, p.eps1, p.order, p.qkv.stack.room)
-        state.qkv, tails[0] = project(p.qkv, n1, tail_free=True, known=tails[0])
+        state.qkv, tails[0] = project(call, 0, n1, tail_free=True, known=tails[0], serial=serials[0])
         dispatch.record("lora_qkv", way)
         del n1
         place(call, state)
@@ -129,14 +132,16 @@ def advance(call: Call, x: Tensor, state: State) -> tuple[Tensor, Tensor | None,
         q, k, v = views(call, state)
         state.attended = Attended(q, k, v, call.documents, p.scale, p.window, None, None)
     if state.x1 is None:
-        state.x1, tails[1] = project(p.o, state.attended.output.reshape(x.shape[0], -1), onto=x, known=tails[1])
+        state.x1, tails[1] = project(
+            call, 1, state.attended.output.reshape(x.shape[0], -1), onto=x, known=tails[1], serial=serials[1]
+        )
         dispatch.record("lora_linear", way)
     n2 = r2 = None
     if state.eu is None:
         n2, r2 = normed(state.x1, p.norm2, p.eps2, p.order, p.gate_up.stack.room)
         state.eu, tails[2] = project(
-            p.gate_up, n2, tail_free=True, room=p.gate_up.stack.room_out, known=tails[2]
-        )  # fmt: skip
+            call, 2, n2, tail_free=True, room=p.gate_up.stack.room_out, known=tails[2], serial=serials[2]
+        )
     state.tails = tuple(tails)
     return r1, n2, r2  # type: ignore[return-value]
 
@@ -153,11 +158,12 @@ class DecoderLayer(torch.autograd.Function):
         h = lora_mlp.activated(state.eu, p.activation, p.down.stack.room)
         if "gate_up" not in kept:
             state.eu = None
-        y, tail = project(p.down, h, onto=state.x1, tail_free=True)
+        y, tail = project(call, 3, h, onto=state.x1, tail_free=True)
         dispatch.record("lora_mlp", dispatch.route("lora_mlp", x))
         if not any(ctx.needs_input_grad):
             return y
         state.tails = (*state.tails[:3], tail)
+        state.serials = tuple(g.held.serial for g in p.groups)
         if "residual" not in kept:
             state.x1 = None
         if "attention" not in kept:
@@ -206,7 +212,7 @@ def backward(
 
     # Down, and the activation: h over dh, which nobody else reads.
     want = any(need[3][::2])
-    dh, dtail = _input(p.down, dy, before[3], want)
+    dh, dtail = _input(call, 3, state, dy, before[3], want)
     if before[3]:
         deu, h = state.eu, dh  # written over what they come from
         lora_mlp.activation_backward(dh, state.eu, deu, p.activation, remake=want)
@@ -221,7 +227,7 @@ def backward(
     # Gate and up, the second norm, and the sum with the residual's gradient.
     want = any(need[2][::2])
     row = with_room(deu, p.gate_up.stack.r) if p.gate_up.stack.r else None
-    dn2, dtail = _input(p.gate_up, deu, before[2], want, row)
+    dn2, dtail = _input(call, 2, state, deu, before[2], want, row)
     if n2 is None and (want or r2 is None):
         n2, r2 = normed(state.x1, p.norm2, p.eps2, p.order, 0)
     _factors(p.gate_up, deu, n2 if n2 is not None else deu, state.tails[2], dtail, need[2], found, ends[2])
@@ -238,7 +244,7 @@ def backward(
 
     # The output projection and attention.
     out = state.attended.output.reshape(x.shape[0], -1)
-    do, dtail = _input(p.o, dx1, before[1], any(need[1][::2]))
+    do, dtail = _input(call, 1, state, dx1, before[1], any(need[1][::2]))
     _factors(p.o, dx1, out, state.tails[1], dtail, need[1], found, ends[1])
     del out
     if not before[1]:
@@ -258,7 +264,7 @@ def backward(
     # q, k and v, and the first norm.
     want = any(need[0][::2])
     row = with_room(dqkv, p.qkv.stack.r) if p.qkv.stack.r else None
-    dn1, dtail = _input(p.qkv, dqkv, before[0], want, row)
+    dn1, dtail = _input(call, 0, state, dqkv, before[0], want, row)
     n1 = None
     if want or r1 is None:
         n1, r1 = normed(x, p.norm1, p.eps1, p.order, 0)
@@ -274,9 +280,12 @@ def backward(
 
 
 def _input(
-    g: Group, dy: Tensor, need_dx: bool, need_da: bool, row: Tensor | None = None
+    call: Call, i: int, state: State, dy: Tensor, need_dx: bool, need_da: bool, row: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return input_gradient(g.stack, dy, g.a, g.b, g.bias, g.scales, None, 0.0, need_dx, need_da, row)
+    g = call.parts.groups[i]
+    held = WEIGHTS in call.keep and (need_dx or need_da)
+    p = g.buffer(dy.dtype, True, state.serials[i]) if held else None
+    return input_gradient(g.stack, dy, g.a, g.b, g.bias, g.scales, None, 0.0, need_dx, need_da, row, p)
 
 
 def _factors(

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparktune.models import parts
 from sparktune.models.attention import refuse_call
+from sparktune.models.held import Held
 from sparktune.models.projection import Projection, Unfit, unhooked
 from sparktune.models.stamp import Stamp
-from sparktune.ops.lora_packed import Stack
+from sparktune.ops.lora_packed import Stack, pack
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Group:
     b: tuple[Tensor | None, ...]
     bias: tuple[Tensor | None, ...]
     scales: tuple[float, ...]
+    held: Held = field(default_factory=Held, compare=False)
 
     @classmethod
     def of(cls, *modules: Any) -> Group:
@@ -51,6 +54,12 @@ class Group:
     def factors(self) -> tuple[Tensor | None, ...]:
         """A and B of each layer in turn."""
         return tuple(t for pair in zip(self.a, self.b, strict=True) for t in pair)
+
+    def buffer(self, dtype: torch.dtype, hold: bool, serial: int | None = None) -> Tensor:
+        """The buffer P (`ops.lora_packed.pack`); with `hold` from the last time where it can be, see `Held.pack`."""
+        if hold:
+            return self.held.pack(self.stack, self.a, self.b, self.bias, self.scales, dtype, serial)
+        return pack(self.stack, self.a, self.b, self.bias, self.scales, dtype)
 
     @property
     def one(self) -> int | None:
@@ -128,6 +137,16 @@ class LayerParts:
         factors = tuple(t for g in self.groups for t in g.factors)
         return *factors, self.norm1, self.norm2, self.q_norm, self.k_norm
 
+    def take_over(self, before: LayerParts) -> None:
+        """Go on with the buffers of an earlier reading: `train()` and `eval()` change the layer, but not its weights."""
+        for mine, old in zip(self.groups, before.groups, strict=True):
+            object.__setattr__(mine, "held", old.held)
+
+    def release(self) -> None:
+        """Give back weights that were kept in 16 bits."""
+        for group in self.groups:
+            group.held.release()
+
     @functools.cached_property
     def q_width(self) -> int:
         """Elements of q a token."""
@@ -151,6 +170,8 @@ def parts_of(layer: Any) -> LayerParts:
         return known[1]
     _read.pop(layer, None)
     found = LayerParts.of(layer)
+    if known is not None:
+        found.take_over(known[1])
     if stamp is not None:
         _read[layer] = stamp, found
     return found

@@ -181,14 +181,17 @@ class Config:
 
 def pack(
     stack: Stack, a: Sequence[Tensor | None], b: Sequence[Tensor | None], bias: Sequence[Tensor | None],
-    scales: Sequence[float], dtype: torch.dtype, weights: bool = True,
+    scales: Sequence[float], dtype: torch.dtype, weights: bool = True, into: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The buffer P [n + r, k + r] of `stack` in `dtype`: weights in their rows, sB and biases beside, A below.
 
     Without `weights` their place holds whatever was there, for a backward that multiplies by what lies around them only.
+    `into`: an earlier such buffer, written anew.
     """
     n, k, r = stack.n, stack.k, stack.r
-    p = torch.empty(n + r, k + stack.room, dtype=dtype, device=stack.weights[0].device)[:, : k + r]
+    p = into
+    if p is None:
+        p = torch.empty(n + r, k + stack.room, dtype=dtype, device=stack.weights[0].device)[:, : k + r]
     width = p.stride(0)
     for i, w in enumerate(stack.weights):
         rows = stack.rows(i)
@@ -309,11 +312,13 @@ def forward_layers(
 def input_gradient(
     stack: Stack, dy: Tensor, a: Sequence[Tensor | None], b: Sequence[Tensor | None], bias: Sequence[Tensor | None],
     scales: Sequence[float], seed: Tensor | None, dropout: float, need_dx: bool, need_da: bool, row: Tensor | None = None,
+    p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dx [M, K], s dy B [M, r]), each empty where nothing needs it; `row` as in `backward_packed`."""
+    """(dx [M, K], s dy B [M, r]), each empty where nothing needs it; `row` as in `backward_packed`, `p` a buffer made before."""
     if not (need_dx or need_da):
         return dy.new_empty(0), dy.new_empty(0)
-    p = pack(stack, a, b, bias, scales, dy.dtype, weights=need_dx)
+    if p is None:
+        p = pack(stack, a, b, bias, scales, dy.dtype, weights=need_dx)
     return backward_packed(dy, p, stack.n, need_dx, seed, dropout, row)
 
 

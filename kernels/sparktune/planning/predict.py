@@ -2,9 +2,9 @@
 
 Time is the sum of products and attention at the device's rates and of everything else at the speed of a copy; nothing is
 assumed to overlap. Memory is what lies there between steps (weights, embeddings, LoRA with gradients and moments), each
-layer's input and what the budget keeps of it, and the largest set of buffers besides, which the backward of a layer's MLP
-or the loss has; what the last layer keeps for nothing is among these. Flops of a product [M, K] x [K, N] are 2 M N K; of
-causal attention over rows of S tokens 2 M S width.
+layer's input and what the budget keeps of it and of its weights, and the largest set of buffers besides, which the backward
+of a layer's MLP or the loss has; what the last layer keeps for nothing is among these. Flops of a product [M, K] x [K, N] are
+2 M N K; of causal attention over rows of S tokens 2 M S width.
 
 Sources: Dettmers et al., "QLoRA", 2023 (bytes of NF4 with nested scales); Williams et al., "Roofline", 2009.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparktune.models.checkpointing import ALL, KINDS, LayerShape, spare, spend
+from sparktune.models.checkpointing import ALL, KINDS, WEIGHTS, LayerShape, spare, spend
 from sparktune.ops.lora_packed import behind
 from sparktune.planning.ceilings import DEVICES, Ceilings
 from sparktune.planning.shapes import ModelShape
@@ -85,7 +85,7 @@ def plan(
     rows = min(tokens, max(1024, CHUNK * device.sms // shape.vocabulary))
     free = spare(tokens, shape.layer(), shape.vocabulary, rows)
     kept = spend(budget, tokens, row, [shape.layer()] * shape.layers, free)
-    counts = {kind: sum(kind in k for k in kept) for kind in KINDS}
+    counts = {kind: sum(kind in k for k in kept) for kind in (*KINDS, WEIGHTS)}
     return Plan(
         device, shape, batch, sequence, _bytes(shape, tokens, rank, kept, load_in_4bit, lora_itemsize, rows, budget),
         _milliseconds(shape, tokens, row, rank, kept, load_in_4bit, device), counts,
@@ -108,13 +108,15 @@ def _bytes(
         n: (width, k, behind(k, ranks[n]), behind(width, ranks[n])) for n, (width, k) in s.projections.items()
     }  # fmt: skip
     buffers = {n: (w + ranks[n]) * (k + room) * 2 for n, (w, k, room, _) in widths.items()}
-    alive = [tokens * sum(layer.bytes_of(kind) for kind in k) for k in kept]
+    alive = [tokens * sum(layer.bytes_of(kind) for kind in k & ALL) for k in kept]
     stay = min(float(sum(alive)), budget)
+    held = [sum(buffers.values()) * (WEIGHTS in k) for k in kept]
     # At the end of the forward everything kept is there beside the loss; in a layer's backward what it and those before keep.
     phases: list[float] = [sum(alive) + rows * (s.vocabulary + s.hidden) * 2 + 3 * tokens * s.hidden * 2]
     for i, k in enumerate(kept):
         remade = tokens * sum(layer.bytes_of(kind) for kind in KINDS if kind not in k)
-        phases.append(sum(alive[: i + 1]) + remade + _backward(s, layer, tokens, widths, buffers))
+        written = dict.fromkeys(buffers, 0) if held[i] else buffers
+        phases.append(sum(alive[: i + 1]) + remade + _backward(s, layer, tokens, widths, written))
     return {
         "weights": s.layer_weights * s.layers * (NF4 if load_in_4bit else 2),
         "embedding and head": s.vocabulary * s.hidden * 2 * (1 if s.tied else 2),
@@ -122,6 +124,7 @@ def _bytes(
         "layer inputs": tokens * s.hidden * 2 * (s.layers + 1),
         "low-rank products": tokens * sum(ranks.values()) * 2 * s.layers,
         "kept activations": stay,
+        "weights kept in 16 bits": float(sum(held)),
         "temporary": max(phases) - stay,
     }
 
@@ -149,8 +152,9 @@ def _milliseconds(
     )
     scores = 2 * tokens * row * s.q  # of one layer's causal attention, forward
     attended_again = sum(scores for k in kept if "attention" not in k)
-    dense = s.layer_weights * s.layers * ((NF4 if load_in_4bit else 2) + 2) if load_in_4bit else 0.0
-    remade = sum(k != ALL for k in kept) / max(1, s.layers)
+    dense = s.layer_weights * (NF4 + 2) if load_in_4bit else 0.0  # of one layer, once
+    times = sum(2 + (not k >= ALL) for k in kept if WEIGHTS not in k)
+    remade = sum(not k >= ALL for k in kept) / max(1, s.layers)
     lora = sum(k for _, k in s.projections.values()) + sum(n + k for n, k in s.projections.values())
     # Rows of norms, rotations and activations, read and written: forward, backward, and what is made again.
     once = 2 * 2 * s.hidden + 2 * (s.q + s.kv) + 3 * s.inner
@@ -162,7 +166,7 @@ def _milliseconds(
         "head": 2 * 2 * tokens * s.hidden * s.vocabulary / d.gemm * 1e3,
         "attention": (scores * s.layers + attended_again) / d.attention_forward * 1e3
         + 2.5 * scores * s.layers / d.attention_backward * 1e3,
-        "dequantisation": dense * (2 + remade) / d.copy * 1e3,
+        "dequantisation": dense * times / d.copy * 1e3,
         "LoRA": (lora * tokens * 2 * s.layers / d.copy + 2 * tokens * s.lora_elements(rank) * s.layers / d.gemm) * 1e3,
         "elementwise": (once + back + made) * tokens * 2 * s.layers / d.copy * 1e3,
         "loss": 5 * tokens * s.vocabulary * 2 / d.copy * 1e3,
