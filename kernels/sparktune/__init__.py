@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sparktune.interface import FastLanguageModel as FastLanguageModel
     from sparktune.interface import is_bfloat16_supported as is_bfloat16_supported
     from sparktune.models.checkpointing import set_memory_budget as set_memory_budget
+    from sparktune.models.graphs import use_cuda_graphs as use_cuda_graphs
     from sparktune.planning import plan as plan
 
 _LAZY = {
@@ -21,6 +22,7 @@ _LAZY = {
     "is_bfloat16_supported": "sparktune.interface",
     "plan": "sparktune.planning",
     "set_memory_budget": "sparktune.models.checkpointing",
+    "use_cuda_graphs": "sparktune.models.graphs",
 }
 
 

@@ -2,7 +2,8 @@
 
 `build(model_dir, a)` gives the model, its trained parameters and a step; `a` has layers, rank, alpha, lora_dtype ("fp32" or
 "bf16"), gc ("on" or "off"), batch, seq and packed. The environment variable SPARKTUNE_MEMORY_BUDGET_GIB is what activations
-may take with gc on: a number, or "inf"; 0 unless set. SPARKTUNE_OFFLOAD=1 keeps layer inputs in pinned host memory.
+may take with gc on: a number, or "inf"; 0 unless set. SPARKTUNE_OFFLOAD=1 keeps layer inputs in pinned host memory;
+SPARKTUNE_CUDA_GRAPHS=0 starts every kernel of every step from Python instead of replaying recorded steps.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import torch
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OFFLOAD = "SPARKTUNE_OFFLOAD"
 BUDGET = "SPARKTUNE_MEMORY_BUDGET_GIB"
+GRAPHS = "SPARKTUNE_CUDA_GRAPHS"
 
 
 def build(model_dir: str, a: Any) -> dict[str, Any]:
     """{"model", "params", "step": (ids, labels, positions, lengths) -> loss before its backward pass, "notes"}."""
     from sparktune.interface import FastLanguageModel
+    from sparktune.models import graphs
     from sparktune.models.checkpointing import set_memory_budget
     from sparktune.models.projection import fallbacks
     from sparktune.ops import dispatch
@@ -35,16 +38,24 @@ def build(model_dir: str, a: Any) -> dict[str, Any]:
         model, r=a.rank, lora_alpha=a.alpha, target_modules=list(TARGETS), use_gradient_checkpointing=checkpointed
     )
     budget = float(os.environ.get(BUDGET, "0"))
+    offload = os.environ.get(OFFLOAD) == "1"
     if checkpointed:
-        set_memory_budget(model, budget * 2**30, offload=os.environ.get(OFFLOAD) == "1")
+        set_memory_budget(model, budget * 2**30, offload=offload)
     dtype = torch.float32 if a.lora_dtype == "fp32" else torch.bfloat16
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.to(dtype)
     model.train()
     flat = FlatParameters(model.parameters())
+    if a.device == "cuda" and not offload and os.environ.get(GRAPHS) != "0":
+        graphs.use_cuda_graphs(model)
     step: Callable[..., torch.Tensor] = _step(model, flat)
-    notes = {"budget_gib": budget, "watermarks": dispatch.watermarks, "fallbacks": fallbacks}
+    notes = {
+        "budget_gib": budget,
+        "watermarks": dispatch.watermarks,
+        "fallbacks": fallbacks,
+        "graphs": lambda: graphs.report(model),
+    }
     return {"model": model, "params": [flat.parameter], "step": step, "notes": _Late(notes)}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparktune.models import checkpointing
 from sparktune.models.attention import without_masks
 from sparktune.models.documents import Documents
+from sparktune.models.graphs import GRAPHS, Batch, rounded
 from sparktune.models.projection import Unfit, active_lora, note_fallback, unhooked
 from sparktune.models.valid_rows import ValidRows
 from sparktune.ops.linear_cross_entropy import linear_cross_entropy, shift_labels
@@ -86,14 +87,30 @@ class CausalLM:
             everything["documents"] = documents
         targets = self._targets(labels, shifted, documents)
         valid = ValidRows(targets)
+        graphs = self.__dict__.get(GRAPHS)
+        if graphs is not None and self.training and torch.is_grad_enabled() and _plain(everything):
+            tokens = rounded(documents, targets.numel())
+            assert input_ids is not None
+            replayed = graphs.loss(self, Batch(input_ids, targets, position_ids, tokens, count, valid.read()))
+            if replayed is not None:
+                return CausalLMOutputWithPast(loss=replayed)
         outputs = self._decoder(**everything)
         hidden = outputs.last_hidden_state
-        loss = self._loss(hidden, targets, valid, count)
+        loss = self._loss(hidden, targets, valid.read(), count)
         logits = None if self.training and torch.is_grad_enabled() else self._logits(hidden, logits_to_keep)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )  # fmt: skip
+
+    def graphed_loss(
+        self: Any, ids: Tensor, positions: Tensor | None, documents: Documents | None, targets: Tensor,
+        items: Tensor | None, valid: int | None,
+    ) -> Tensor:  # fmt: skip
+        """What `models.graphs` records: the loss of ids and their targets [B, S]; `valid` of them count, None: any number."""
+        found = self._decoder(input_ids=ids, position_ids=positions, documents=documents, use_cache=False)
+        loss: Tensor = self._loss(found.last_hidden_state, targets, valid, items)
+        return loss
 
     def _not_fused(self: Any, labels: Tensor | None, shift_labels: Tensor | None, kwargs: dict[str, Any]) -> str | None:
         """Why the family's own forward runs: "" without labels, a reason, or None when it does not."""
@@ -123,7 +140,7 @@ class CausalLM:
         return shift_labels(labels)
 
     def _loss(
-        self: Any, hidden: Tensor, targets: Tensor, valid: ValidRows, count: Tensor | float | None
+        self: Any, hidden: Tensor, targets: Tensor, valid: int | None, count: Tensor | float | None
     ) -> Tensor:  # fmt: skip
         targets = targets.to(hidden.device)
         weight, bias, a, b, scale = head(self.lm_head)
@@ -131,7 +148,7 @@ class CausalLM:
             hidden = hidden.to(weight.dtype)
         loss, _ = linear_cross_entropy(
             hidden, weight, targets, bias=bias, num_items_in_batch=count, softcap=self._softcap, logit_scale=self._scale,
-            lora_a=a, lora_b=b, lora_scale=scale, valid_rows=valid.read(),
+            lora_a=a, lora_b=b, lora_scale=scale, valid_rows=valid,
         )  # fmt: skip
         return loss
 
@@ -147,6 +164,14 @@ class CausalLM:
     @property
     def _scale(self: Any) -> float:
         return float(getattr(self.config, "logit_scale", None) or 1.0)
+
+
+def _plain(everything: dict[str, Any]) -> bool:
+    """Whether a decoder is asked for nothing that a CUDA graph of its loss leaves out."""
+    if everything["input_ids"] is None or everything["use_cache"] is not False or torch.compiler.is_compiling():
+        return False
+    known = {"input_ids", "position_ids", "documents", "attention_mask", "use_cache", "return_dict"}
+    return "documents" in everything and all(v is None or v is False for k, v in everything.items() if k not in known)
 
 
 def _two_dimensional(mask: Any) -> bool:

@@ -25,6 +25,7 @@ class Held:
         self.buffer: Tensor | None = None
         self.serial = 0  # counts what was written around the weights
         self._made_of: tuple[Any, ...] = ()
+        self._stream = 0
         self._stack: Stack | None = None  # its weights live on, so that no others can come to lie where they did
 
     def release(self) -> None:
@@ -41,26 +42,38 @@ class Held:
         `serial`: what `self.serial` was when the caller's factors were written; they are not written again if nobody
         else's were since.
         """
-        made_of = _made_of(stack, dtype)
-        if self.buffer is not None and self._made_of == made_of:
+        capturing = stack.weights[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        made_of, stream = _made_of(stack), _stream(stack)
+        if (
+            self.buffer is not None
+            and self.buffer.dtype == dtype
+            and self._made_of == made_of
+            and (capturing or self._stream == stream)  # a graph's stream is nobody's order; who replays it keeps it
+        ):
             if serial is None or serial != self.serial:
                 self.serial += 1
                 pack(stack, a, b, bias, scales, dtype, into=self.buffer, weights=False)
             return self.buffer
         p = pack(stack, a, b, bias, scales, dtype)
         self.serial += 1
-        # Memory of a CUDA graph's own pool is the graph's to reuse.
-        if not (p.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.buffer, self._made_of, self._stack = p, made_of, stack
+        if not capturing:  # memory of a CUDA graph's own pool is the graph's to use again
+            self.buffer, self._made_of, self._stack, self._stream = p, made_of, stack, stream
         return p
 
+    def current(self, stack: Stack) -> bool:
+        """Whether the buffer holds these weights as they are now."""
+        return self.buffer is not None and self._made_of == _made_of(stack)
 
-def _made_of(stack: Stack, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What the weights in a buffer depend on: their memory and whether it was written to since; and the stream, in whose
-    order alone the buffer may be written again."""
+
+def _made_of(stack: Stack) -> tuple[Any, ...]:
+    """What the weights in a buffer depend on: their memory, and whether it was written to since."""
+    return (stack.ranks, stack.biased, *(x for w in stack.weights for x in _of(w)))
+
+
+def _stream(stack: Stack) -> int:
+    """The stream in whose order alone a buffer may be written again."""
     device = stack.weights[0].device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return (dtype, stream, stack.ranks, stack.biased, *(x for w in stack.weights for x in _of(w)))
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def _of(w: Weight) -> tuple[int, ...]:
