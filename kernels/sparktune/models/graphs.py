@@ -145,10 +145,10 @@ class StepGraphs:
 
     def _record(self, key: tuple[Any, ...], batch: Batch, model: Any) -> Recorded | None:
         try:
-            if self._pool is None and batch.ids.is_cuda:
-                self._pool = torch.cuda.graph_pool_handle()
             if len(self.kept) >= MOST:
                 del self.kept[next(iter(self.kept))]
+            if not self.kept and batch.ids.is_cuda:  # a pool that no graph uses any longer is none
+                self._pool = torch.cuda.graph_pool_handle()
             self.kept[key] = Recorded(model, batch, None if key[-1] == -1 else batch.valid, self._pool)
         except (RuntimeError, Unfit) as e:
             self._refused.add(key)
