@@ -2,8 +2,9 @@
 
 `build(model_dir, a)` gives the model, its trained parameters and a step; `a` has layers, rank, alpha, lora_dtype ("fp32" or
 "bf16"), gc ("on" or "off"), batch, seq and packed. The environment variable SPARKTUNE_MEMORY_BUDGET_GIB is what activations
-may take with gc on: a number, or "inf"; 0 unless set. SPARKTUNE_OFFLOAD=1 keeps layer inputs in pinned host memory;
-SPARKTUNE_CUDA_GRAPHS=0 starts every kernel of every step from Python instead of replaying recorded steps.
+may take with gc on: a number, or "inf"; 0 unless set. SPARKTUNE_OFFLOAD=1 keeps layer inputs in pinned host memory,
+SPARKTUNE_OFFLOAD_EMBEDDING=1 the embedding's table, whose bytes are then activations' too; SPARKTUNE_CUDA_GRAPHS=0 starts every kernel of every step from Python
+instead of replaying recorded steps.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OFFLOAD = "SPARKTUNE_OFFLOAD"
 BUDGET = "SPARKTUNE_MEMORY_BUDGET_GIB"
+EMBEDDING = "SPARKTUNE_OFFLOAD_EMBEDDING"
 GRAPHS = "SPARKTUNE_CUDA_GRAPHS"
 
 
@@ -32,6 +34,7 @@ def build(model_dir: str, a: Any) -> dict[str, Any]:
     model, _ = FastLanguageModel.from_pretrained(
         model_dir, max_seq_length=a.batch * a.seq if a.packed else a.seq, dtype=torch.bfloat16, load_in_4bit=True,
         device_map={"": 0 if a.device == "cuda" else "cpu"}, local_files_only=True,
+        offload_embedding=os.environ.get(EMBEDDING) == "1",
     )  # fmt: skip
     checkpointed = a.gc == "on"
     model = FastLanguageModel.get_peft_model(
@@ -39,6 +42,8 @@ def build(model_dir: str, a: Any) -> dict[str, Any]:
     )
     budget = float(os.environ.get(BUDGET, "0"))
     offload = os.environ.get(OFFLOAD) == "1"
+    if os.environ.get(EMBEDDING) == "1":
+        budget += model.get_input_embeddings().weight.nbytes / 2**30
     if checkpointed:
         set_memory_budget(model, budget * 2**30, offload=offload)
     dtype = torch.float32 if a.lora_dtype == "fp32" else torch.bfloat16

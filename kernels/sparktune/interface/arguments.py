@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from sparktune.models import offload
+
 _VLLM = "sparktune generates with transformers; save the model and serve it with vLLM"
 # name -> (values that ask for nothing, what to do instead)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -27,7 +31,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         "use dtype=torch.float32, and the trainer's bf16=True to compute in bf16",
     ),
     "random_state": ((3407,), "loading draws no random numbers: give it to get_peft_model"),
-    "offload_embedding": ((False,), "nothing is offloaded: on a GPU that shares the host's memory it frees nothing"),
     "fast_inference": ((False,), _VLLM),
     "gpu_memory_utilization": ((0.5, 0.6, None), _VLLM),
     "float8_kv_cache": ((False,), _VLLM),
@@ -69,3 +72,17 @@ def unknown(function: str, given: dict[str, Any], known: tuple[str, ...] = ()) -
     if lost:
         also = f" Besides the named arguments it takes {', '.join(known)}." if known else ""
         raise TypeError(f"{function}() does not know the argument {lost[0]!r}: leave it out.{also}")
+
+
+def offload_embedding(value: bool | str, full_finetuning: bool, device: torch.device) -> bool:
+    """Whether `value` asks for an embedding in host memory.
+
+    Errors: ValueError for another word, where it is trained, and on a device where it frees nothing.
+    """
+    if not isinstance(value, bool) and value != "auto":
+        raise ValueError(f"offload_embedding={value!r} is not known: use True, False or 'auto' (on the device).")
+    if value is True:
+        if full_finetuning:
+            raise ValueError("offload_embedding=True and full_finetuning=True exclude each other: what trains stays.")
+        offload.refuse(device, "the embedding", "offload_embedding")
+    return value is True

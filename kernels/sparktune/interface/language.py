@@ -49,6 +49,7 @@ class FastLanguageModel:
         resize_model_vocab: int | None = None,
         revision: str | None = None,
         use_exact_model_name: bool = False,
+        offload_embedding: bool | str = "auto",
         dynamic: Choice | str | Path | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
@@ -63,6 +64,8 @@ class FastLanguageModel:
         device_map: the whole model goes to one device; spreading it puts hooks on modules that hide the ops.
         use_gradient_checkpointing: "unsloth" or "sparktune" (what is thought best), True (every layer), False.
         revision: branch, tag or commit of `model_name`.
+        offload_embedding: True keeps the embedding's table in pinned host memory, from which a batch reads its tokens' rows;
+            for a GPU with memory of its own, and a head that is not tied to it. "auto" and False keep it on the device.
         dynamic: which layers stay in 16 bits, as `sparktune.quant.dynamic` chose them, or the file it wrote.
         kwargs: attn_implementation, cache_dir, local_files_only, force_download.
 
@@ -90,6 +93,7 @@ class FastLanguageModel:
             hub={k: kwargs[k] for k in loading.HUB_ARGUMENTS if k in kwargs},
             more={k: kwargs[k] for k in loading.MODEL_ARGUMENTS if k in kwargs},
             dynamic=loading.read_dynamic(dynamic, load_in_4bit and not full_finetuning),
+            host_embedding=arguments.offload_embedding(offload_embedding, full_finetuning, device),
         )
         return loading.load(request, max_seq_length, full_finetuning, use_gradient_checkpointing, fix_tokenizer)
 

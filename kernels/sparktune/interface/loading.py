@@ -1,8 +1,8 @@
 """A checkpoint, or a LoRA adapter over one, loaded onto one device.
 
 transformers loads tensor by tensor straight to the device, where bitsandbytes quantises each as it comes, so the weights
-are never held twice and nothing is offloaded: on a GPU that shares the host's memory, offloading moves bytes from a pool
-into the same pool.
+are never held twice. Nothing is offloaded unless it is asked for: on a GPU that shares the host's memory, that would move bytes
+from a pool into the same pool, and is refused.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from sparktune.interface.patching import patch
 from sparktune.interface.saving import attach
 from sparktune.interface.trl_on_cpu import watch
 from sparktune.models import attention
+from sparktune.models.offload import embedding_to_host
 from sparktune.models.patch import FAMILIES
 from sparktune.optim.trainer import register
 from sparktune.quant.cpu_repack import assert_layout, keep_layout
@@ -49,6 +50,7 @@ class Request:
     hub: dict[str, Any]
     more: dict[str, Any]
     dynamic: Choice | None = None
+    host_embedding: bool = False
 
     @property
     def source(self) -> dict[str, Any]:
@@ -74,6 +76,8 @@ def load(
     remember(model, origin)
     if request.device.type == "cuda" and torch.cuda.get_device_properties(request.device).is_integrated:
         drop_pages(origin.folder())
+    if request.host_embedding:
+        embedding_to_host(model)
     patch(model)
     if base is not None:
         model = load_adapter(model, request)
