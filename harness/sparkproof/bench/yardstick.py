@@ -1,10 +1,12 @@
 """sparktune as a plug-in engine of a QLoRA step benchmark that builds every engine on one checkpoint.
 
 `build(model_dir, a)` gives the model, its trained parameters and a step; `a` has layers, rank, alpha, lora_dtype ("fp32" or
-"bf16"), gc ("on" or "off"), batch, seq and packed. The environment variable SPARKTUNE_MEMORY_BUDGET_GIB is what activations
-may take with gc on: a number, or "inf"; 0 unless set. SPARKTUNE_OFFLOAD=1 keeps layer inputs in pinned host memory,
-SPARKTUNE_OFFLOAD_EMBEDDING=1 the embedding's table, whose bytes are then activations' too; SPARKTUNE_CUDA_GRAPHS=0 starts every kernel of every step from Python
-instead of replaying recorded steps.
+"bf16"), gc ("on" or "off"), batch, seq and packed. Environment variables:
+
+    SPARKTUNE_MEMORY_BUDGET_GIB     what activations may take with gc on: a number, or "inf"; 0 unless set
+    SPARKTUNE_OFFLOAD=1             layer inputs wait in pinned host memory
+    SPARKTUNE_OFFLOAD_EMBEDDING=1   the embedding's table lies there, and its bytes are activations' too
+    SPARKTUNE_CUDA_GRAPHS=0         Python starts every kernel of every step, instead of replaying recorded steps
 """
 
 from __future__ import annotations
