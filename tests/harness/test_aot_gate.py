@@ -27,9 +27,10 @@ def row(kernel, arch, *a, **f):
     return asdict(judge("planted", launch(kernel, *a, **f), kernel, TARGETS[arch]))
 print(json.dumps({{
     "fits": row(k.tile, "sm_121", 8, BLOCK=128, DEPTH=32, stages=2),
+    "again": row(k.tile, "sm_121", 8, BLOCK=128, DEPTH=32, stages=2),
     "big": row(k.tile, "sm_121", 8, BLOCK=128, DEPTH=256, stages=1),
     "big_elsewhere": row(k.tile, "sm_90", 8, BLOCK=128, DEPTH=256, stages=1),
-    "spills": row(k.crowded, "sm_121", 1, BLOCK=8192),
+    "spills": row(k.crowded, "sm_121", 1, BLOCK=4096),
     "wrong": row(k.tile, "sm_121", 8, BLOCK=100, DEPTH=32),
 }}))
 """
@@ -52,6 +53,10 @@ def test_a_tile_that_fits_passes_with_its_numbers(planted):
     assert row["passed"] and not row["reason"]
     assert 0 < row["shared_bytes"] <= row["shared_limit"] == 101376
     assert 0 < row["registers"] <= 255 and row["spills"] == 0
+
+
+def test_what_lies_in_the_cache_has_the_same_numbers(planted):
+    assert planted["again"] | {"seconds": 0} == planted["fits"] | {"seconds": 0}
 
 
 def test_case_22_too_much_shared_memory_fails_though_it_compiles(planted):
@@ -96,17 +101,45 @@ def test_an_interpreting_process_refuses_to_compile():
     assert done.returncode != 0 and "separate processes" in done.stderr
 
 
-@pytest.mark.parametrize("arch", ["sm_121", "sm_90"])
-def test_all_configurations_of_an_op_are_compiled(arch, monkeypatch):
+def test_all_configurations_of_ops_are_compiled(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # inherited, it must not reach the compiler
-    document = aot.compile_all([arch], ["swiglu"], dtypes=["bf16"])
+    archs, ops = ["sm_121", "sm_90"], ["swiglu", "grad_norm"]
+    document = aot.compile_all(archs, ops, dtypes=["bf16"])
     assert document["schema"] == "sparkproof/compile-kernels/1" and document["passed"]
     from sparktune.ops import load_op
 
-    wanted = [x for x in load_op("swiglu").launches(TARGETS[arch].device) if x.dtype == "bf16"]
-    assert [r["configuration"] for r in document["configurations"]] == [x.when for x in wanted]
-    assert {r["arch"] for r in document["configurations"]} == {arch}
+    wanted = [
+        (op, arch, x.when)
+        for op in ops
+        for arch in archs
+        for x in load_op(op).launches(TARGETS[arch].device)
+        if x.dtype == "bf16"
+    ]
+    assert [(r["op"], r["arch"], r["configuration"]) for r in document["configurations"]] == wanted
     json.dumps(document)
+
+
+def dealt(monkeypatch, archs, ops):
+    """(the document, [ops and targets of each process]) of a run whose processes compile nothing."""
+    jobs = []
+
+    def answer(ops, archs, dtypes, **_):
+        jobs.append((ops, archs))
+        return [{"op": op, "passed": True} for op in ops]
+
+    monkeypatch.setattr(aot, "_in_process", answer)
+    return aot.compile_all(archs, ops), sorted(jobs)
+
+
+def test_one_op_has_a_process_for_each_target(monkeypatch):
+    assert dealt(monkeypatch, ["sm_121", "sm_90"], ["swiglu"])[1] == [(["swiglu"], "sm_121"), (["swiglu"], "sm_90")]
+
+
+def test_ops_share_processes_and_come_back_in_their_order(monkeypatch):
+    monkeypatch.setattr(aot, "TOGETHER", 2)
+    document, jobs = dealt(monkeypatch, ["sm_121", "sm_90"], ["rope", "geglu", "swiglu"])
+    assert jobs == [(["geglu"], "sm_121,sm_90"), (["rope", "swiglu"], "sm_121,sm_90")]
+    assert [r["op"] for r in document["configurations"]] == ["rope", "geglu", "swiglu"]
 
 
 def test_unknown_targets_and_ops_are_named():

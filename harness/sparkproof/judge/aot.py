@@ -29,6 +29,7 @@ from sparkproof.errors import UserError
 from sparkproof.judge.targets import TARGETS, Target
 
 SCHEMA = "sparkproof/compile-kernels/1"
+TOGETHER = 4  # ops a process, whose imports cost 4 s of CPU time and 14 configurations of an op on a target 6 s
 ALIGNED = [["tt.divisibility", 16]]  # what Triton assumes of a tensor's pointer, and vectorises by
 USED = re.compile(r"Used (\d+) registers")
 SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -64,8 +65,8 @@ def compile_all(
 ) -> dict[str, Any]:
     """Compile all configurations of some or all ops: `schema`, `passed`, `seconds`, `configurations` (a `Row` each).
 
-    Each op is compiled in a process of its own without TRITON_INTERPRET, two at a time. Errors: UserError for an
-    unknown architecture or op.
+    Up to `TOGETHER` ops are compiled in a process of their own without TRITON_INTERPRET, two processes at a time, for
+    `timeout_s` an op. Errors: UserError for an unknown architecture or op.
     """
     start = time.perf_counter()
     for arch in archs:
@@ -78,13 +79,15 @@ def compile_all(
     wanted = list(ops or known)
     # A process imports torch and Triton for seconds before it compiles, so it takes all targets unless it is alone.
     groups = [",".join(archs)] if len(wanted) > 1 else list(archs)
-    jobs = [(op, group, ",".join(dtypes or ())) for op in wanted for group in groups]
+    parts = -(-len(wanted) // TOGETHER)
+    jobs = [(wanted[i::parts], group, ",".join(dtypes or ())) for i in range(parts) for group in groups]
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         rows = [
             row
             for part in pool.map(lambda job: _in_process(*job, progress=progress, timeout_s=timeout_s), jobs)
             for row in part
         ]
+    rows.sort(key=lambda row: wanted.index(row["op"]))
     return {
         "schema": SCHEMA,
         "triton": triton.__version__,
@@ -187,25 +190,28 @@ def _since(start: float) -> float:
 
 
 def _in_process(
-    op: str, archs: str, dtypes: str, *, progress: Callable[[str], None], timeout_s: float
+    ops: Sequence[str], archs: str, dtypes: str, *, progress: Callable[[str], None], timeout_s: float
 ) -> list[dict[str, Any]]:
-    progress(f"compiling {op} for {archs.replace(',', ', ')}")
+    progress(f"compiling {', '.join(ops)} for {archs.replace(',', ', ')}")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "sparkproof.judge.aot", op, archs, dtypes]
+    command = [sys.executable, "-W", "ignore", "-m", "sparkproof.judge.aot", ",".join(ops), archs, dtypes]
     done = subprocess.run(
-        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout_s
-    )
+        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        timeout=timeout_s * len(ops),
+    )  # fmt: skip
     if done.returncode != 0:
-        raise RuntimeError(f"{op} could not be compiled for {archs}:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{', '.join(ops)} could not be compiled for {archs}:\n{done.stderr[-4000:]}")
     rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return rows
 
 
-def _main(name: str, archs: str, dtypes: str) -> None:
-    spec = load_op(name)
-    module = sys.modules[f"sparktune.ops.{name}"]
-    wanted = [d for d in dtypes.split(",") if d]
-    rows = [r for arch in archs.split(",") for r in compile_op(spec, TARGETS[arch], vars(module), wanted)]
+def _main(names: str, archs: str, dtypes: str) -> None:
+    rows: list[Row] = []
+    for name in names.split(","):
+        spec = load_op(name)
+        module = vars(sys.modules[f"sparktune.ops.{name}"])
+        wanted = [d for d in dtypes.split(",") if d]
+        rows += [r for arch in archs.split(",") for r in compile_op(spec, TARGETS[arch], module, wanted)]
     print(json.dumps([asdict(r) for r in rows]))
 
 
