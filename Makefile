@@ -41,8 +41,11 @@ serve: setup ## Serve a model from the image on 127.0.0.1 (MODEL=folder or hub i
 # A worker a core and a thread a worker: with torch's threads on top, two workers on two cores took 151 s for what takes 66.
 test test-slow: export OMP_NUM_THREADS ?= 1
 
+# The kernels' tests on their own first: without a GPU their whole process interprets, which the others' must not. Among others
+# each of their files has a process of its own, in every worker that meets it.
 test: setup lint ## Run the project's own tests, linter and type checker
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests/kernels)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(or $(ARGS),--ignore tests/kernels)
 
 test-slow: setup ## Run the tests that take minutes
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)

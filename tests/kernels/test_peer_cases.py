@@ -8,6 +8,7 @@ The list is the project's own; what each case is, its tests say.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -41,6 +42,7 @@ CASES = {
 }
 
 
+@functools.cache
 def named_tests() -> dict[int, list[str]]:
     """Case -> the tests that bear its number."""
     found: dict[int, list[str]] = {}
