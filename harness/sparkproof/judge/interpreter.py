@@ -1,10 +1,16 @@
-"""Whether Triton's interpreter works here: under numpy 2.4 and later that of Triton 3.6 fails at a loop to an argument."""
+"""Triton's interpreter: whether it works here (under numpy 2.4 and later that of Triton 3.6 fails at a loop to an argument),
+and running programs in another order than it does.
+"""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
+from sparktune.ops import dispatch
 
 
 @triton.jit
@@ -28,3 +34,29 @@ def unable() -> str:
             f"({str(e)[:120]})"
         )
     return "" if int(out) == 10 else f"the interpreter of Triton {triton.__version__} computes a loop wrongly"
+
+
+@contextlib.contextmanager
+def last_programs_first() -> Iterator[None]:
+    """Within, interpreted kernels run their programs from the last to the first; elsewhere nothing changes.
+
+    A GPU runs programs in any order. The interpreter's is fixed, so a program that writes over its neighbour's results goes
+    unseen where the neighbour writes them again later.
+    """
+    if not dispatch.INTERPRETED:
+        yield
+        return
+    from triton.runtime.interpreter import interpreter_builder
+
+    kind = type(interpreter_builder)
+    forwards = kind.set_grid_idx
+
+    def backwards(self: object, *place: int) -> None:
+        size = self.grid_dim  # type: ignore[attr-defined]
+        forwards(self, *(n - 1 - i for n, i in zip(size, place, strict=True)))
+
+    kind.set_grid_idx = backwards
+    try:
+        yield
+    finally:
+        kind.set_grid_idx = forwards

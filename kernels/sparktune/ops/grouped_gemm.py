@@ -165,6 +165,9 @@ class Config:
 
     STAGES = 4
     LARGE = 200 * 1024  # shared memory from which a tile may be 256 columns wide
+    PROGRAMS = (
+        3  # at least, so that tiles of several programs meet where one multiprocessor is all there is, as interpreted
+    )
     TENSOR_MEMORY = 10  # major: accumulators come back from it for the low rank, and 256 columns spill 520 bytes
 
     @classmethod
@@ -189,7 +192,7 @@ class Config:
         stages = max(2, min(cls.STAGES, p.shared_memory_per_block // stage))
         resident = max(1, min(p.shared_memory_per_block // (stages * stage), p.threads_per_sm // (32 * warps)))
         tiles = (m // rows + min(m, experts + 1)) * cdiv(n, cols)  # at most: each group ends in a partial one
-        return cls(rows, cols, depth, warps, stages, max(1, min(tiles, resident * p.sm_count)))
+        return cls(rows, cols, depth, warps, stages, max(1, min(tiles, max(cls.PROGRAMS, resident * p.sm_count))))
 
 
 @dataclass(frozen=True)

@@ -319,7 +319,15 @@ OP = OpSpec(
     sizes={
         "typical": {"tokens": 14, "top_k": 2, "experts": 3, "n": 48, "k": 64, "rank": 5, "spare": 3},
         "prime": {"tokens": 23, "top_k": 2, "experts": 2, "n": 37, "k": 41, "rank": 1},
-        "skewed": {"tokens": 145, "top_k": 1, "experts": 9, "n": 16, "k": 24, "rank": 3, "skew": 1},  # over 8 row tiles
+        "skewed": {
+            "tokens": 144,
+            "top_k": 1,
+            "experts": 9,
+            "n": 16,
+            "k": 24,
+            "rank": 3,
+            "skew": 1,
+        },  # over 8 row tiles of 16
         "one expert": {"tokens": 20, "top_k": 2, "experts": 1, "n": 32, "k": 48, "rank": 80},
         "wide": {"tokens": 3, "top_k": 3, "experts": 2, "n": 130, "k": 100, "rank": 17},
         "no rows": {"tokens": 0, "top_k": 2, "experts": 3, "n": 32, "k": 64, "rank": 4},
