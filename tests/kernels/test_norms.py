@@ -74,6 +74,16 @@ def test_one_launch_a_pass_serves_q_and_k_and_views_of_a_merged_projection(devic
     assert qkv.grad[..., 192:].count_nonzero() == 0 and qkv.grad[..., :192].count_nonzero() > 0
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("h", "kv", "rotary"), [(20, 9, 128), (20, 9, 48), (9, 1, 128)])
+def test_heads_can_be_turned_where_they_lie(device, h, kv, rotary, interleaved):
+    qkv, q, k, *_ = heads(device, h=h, kv=kv, d=128)
+    cos, sin = (t[:, : rotary // 2] for t in rope_tables(RopeParameters(128), 64, device))
+    want, rest = rope(q, k, cos, sin, interleaved=interleaved), qkv[..., (h + kv) * 128 :].clone()
+    rotate(q, k, q, k, cos, sin, None, interleaved, inverse=False)
+    assert torch.equal(q, want[0]) and torch.equal(k, want[1]) and torch.equal(qkv[..., (h + kv) * 128 :], rest)
+
+
 def test_gradients_can_be_written_into_slices_of_a_merged_one(device):
     _, q, k, cos, sin = heads(device)
     w = [1 + normal(device, 32, seed=s) / 2 for s in (3, 4)]
