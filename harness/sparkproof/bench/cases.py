@@ -6,6 +6,7 @@ under autocast. Bytes count every tensor once, read or written. A bare GEMM of a
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -196,9 +197,12 @@ def _dequantize(row: Row, device: torch.device) -> Case:
 
     n, k = row.model.linears[row.kind.part]
 
+    @functools.cache  # nobody writes to them, and every engine is to read the very same codes
     def make(index: int) -> Inputs:
         w = _randn(device, index, n, k, spread=k**-0.5)
         packed, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # w's memory is given back here, whichever stream still reads it
         return {"packed": packed, "state": state}
 
     size = n * k // 2 + n * k // 64 + 4 * (n * k // 64 // 256) + 2 * n * k
