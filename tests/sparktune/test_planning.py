@@ -66,6 +66,14 @@ def test_memory_buys_time_and_never_more_than_it_costs():
     assert plans[3].peak > plans[0].peak
 
 
+def test_without_checkpointing_all_activations_stay_and_no_weights_do():
+    p, most = plan(LLAMA, "h100", checkpointing=False), plan(LLAMA, "h100", budget=INF)
+    assert p.kept == {**dict.fromkeys(KINDS, 32), WEIGHTS: 0}
+    assert p.bytes["weights kept in 16 bits"] == 0
+    assert p.bytes["kept activations"] == most.bytes["kept activations"]
+    assert p.ms["dequantisation"] > 0 and p.ms["products again"] == 0
+
+
 def test_packed_documents_cost_less_attention_and_nothing_else():
     one, many = (plan(LLAMA, "h100", sequence=4096, documents=n, budget=INF) for n in (1, 16))
     assert many.ms["attention"] == pytest.approx(one.ms["attention"] / 16)

@@ -9,7 +9,6 @@ parameters in 16 bits are what it needs.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def needed_gib(config: Any, s: TrainScenario, context: float = CONTEXT_GIB) -> f
     except ValueError:  # experts or latent attention
         return 2 * parameters / GIB + context
     step = plan(
-        shape, batch=s.batch, sequence=s.seq_len, rank=s.lora.rank, budget=math.inf, load_in_4bit=s.load_in_4bit
+        shape, batch=s.batch, sequence=s.seq_len, rank=s.lora.rank, checkpointing=False, load_in_4bit=s.load_in_4bit
     )
     planned = shape.layer_weights * shape.layers + shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     besides = step.bytes["embedding and head"] + 2 * max(0, parameters - planned)

@@ -11,6 +11,7 @@ Sources: Dettmers et al., "QLoRA", 2023 (bytes of NF4 with nested scales); Willi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,11 +68,13 @@ class Plan:
 def plan(
     model: Any, device: Ceilings | str = "gb10", *, batch: int = 2, sequence: int = 2048, rank: int = 16,
     budget: float = 0.0, documents: int = 1, load_in_4bit: bool = True, lora_itemsize: int = 4,
+    checkpointing: bool = True,
 ) -> Plan:  # fmt: skip
     """Predict a step of `model` (a `ModelShape`, a transformers model or configuration) on a device ("gb10", "h100").
 
     LoRA of `rank` on all seven projections, its optimiser 8-bit AdamW; `budget` bytes for activations, as
-    `set_memory_budget` takes it (inf: all stay, which is also what no checkpointing does); `documents` a row, packed.
+    `set_memory_budget` takes it (inf: all stay, and weights in 16 bits too), of which without `checkpointing` there is none: then
+    all activations stay and no weights do. `documents` a row, packed.
     Errors: ValueError for an unknown device, sizes below 1, or a model that is not a dense decoder.
     """
     if isinstance(device, str):
@@ -84,7 +87,8 @@ def plan(
     tokens, row = batch * sequence, -(-sequence // documents)
     rows = min(tokens, max(1024, CHUNK * device.sms // shape.vocabulary))
     free = spare(tokens, shape.layer(), shape.vocabulary, rows)
-    kept = spend(budget, tokens, row, [shape.layer()] * shape.layers, free)
+    kept = spend(budget, tokens, row, [shape.layer()] * shape.layers, free) if checkpointing else [ALL] * shape.layers
+    budget = budget if checkpointing else math.inf
     counts = {kind: sum(kind in k for k in kept) for kind in (*KINDS, WEIGHTS)}
     return Plan(
         device, shape, batch, sequence, _bytes(shape, tokens, rank, kept, load_in_4bit, lora_itemsize, rows, budget),
