@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -78,9 +77,8 @@ class _Search:
             kept = text.num_hidden_layers * text.hidden_size * 2 * (1 if self.s.checkpointing else 17)
             return self.loaded_gib + batch * context * (kept + 4 * text.vocab_size) / GIB
         device = dataclasses.replace(GB10, sms=self._multiprocessors())
-        budget = 0.0 if self.s.checkpointing else math.inf
         found = plan(
-            shape, device, batch=batch, sequence=context, rank=self.s.rank, budget=budget,
+            shape, device, batch=batch, sequence=context, rank=self.s.rank, checkpointing=self.s.checkpointing,
             load_in_4bit=self.s.load_in_4bit,
         )  # fmt: skip
         stored = (found.bytes["weights"] + found.bytes["embedding and head"]) / GIB
