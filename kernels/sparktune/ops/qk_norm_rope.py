@@ -19,8 +19,9 @@ Shapes: q [B, S, H, D] and k [B, S, Hkv, D] with free strides, weights [D] of an
 summed in fp32 and rounded once.
 
 Bytes: forward reads and writes q and k, backward reads q, k, and their gradients and writes two: 2 and 3 (H + Hkv) D
-elements a token. The norms and the turn apart move 4 and 5. While the weights are frozen every token is a program; when
-either is trained, programs take many tokens each and leave one row of partial sums, added in a fixed order.
+elements a token. The norms and the turn apart move 4 and 5. While the weights are frozen a program takes a tile of one
+token's heads; when either is trained, programs take many tokens each and leave one row of partial sums, added in a
+fixed order.
 
 Source: Zhang and Sennrich 2019; Su et al. 2021; the rounding orders are those of Qwen3Attention and Gemma3Attention in
 transformers, but for the turn, which is rounded once (see `rope`).
@@ -28,7 +29,6 @@ transformers, but for the turn, which is rounded once (see `rope`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -39,14 +39,13 @@ from torch import Tensor
 from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
 from sparktune.ops.fused import Fused
-from sparktune.ops.head_norms import backward_heads, forward_heads, store
+from sparktune.ops.head_norms import backward_heads, forward_heads, load_heads, store
 from sparktune.ops.head_problems import head_bytes, head_inputs, heads_of, rows_of, table_inputs, tail
-from sparktune.ops.launching import cdiv
+from sparktune.ops.qk_norm_launches import Config, Way, launches
 from sparktune.ops.rms_norm import VARIANTS
 from sparktune.ops.rms_norm import reference as rms_norm_reference
-from sparktune.ops.rope import Config as RopeConfig
-from sparktune.ops.rope import angles, check, rotated, unit
-from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
+from sparktune.ops.rope import check, place, rotated, unit
+from sparktune.ops.spec import FLOATS, Input, Law, Mutant, OpSpec, Problem, Tensors
 
 
 def reference(
@@ -66,22 +65,43 @@ def forward_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, wq_ptr, wk_ptr, cos_ptr, sin_ptr, position_ptr, sequence, length, q_heads,
     k_heads, q_batch, q_token, q_head, k_batch, k_token, k_head, q_out_batch, q_out_token, q_out_head,
     k_out_batch, k_out_token, k_out_head, position_batch, position_token, eps,
-    POSITIONS: tl.constexpr, GEMMA: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    REST_BLOCK: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    POSITIONS: tl.constexpr, GEMMA: tl.constexpr, WHOLE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
-    """One token a program, all its heads of q and k; names such as q_token are strides in elements."""
-    batch = (tl.program_id(0) // sequence).to(tl.int64)
-    token = (tl.program_id(0) % sequence).to(tl.int64)
-    at = position_ptr + batch * position_batch + token * position_token
-    c, s = angles(cos_ptr, sin_ptr, at, token, length, POSITIONS, HALF, HALF_BLOCK, 1)
-    forward_heads(
-        q_ptr + batch * q_batch + token * q_token, q_out_ptr + batch * q_out_batch + token * q_out_token, wq_ptr, c, s,
-        q_heads, q_head, q_out_head, eps, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, Q_TILE,
-    )  # fmt: skip
-    forward_heads(
-        k_ptr + batch * k_batch + token * k_token, k_out_ptr + batch * k_out_batch + token * k_out_token, wk_ptr, c, s,
-        k_heads, k_head, k_out_head, eps, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, K_TILE,
-    )  # fmt: skip
+    """A group of heads of one token a program, of q or of k. WHOLE: all heads, those of k on their way along with q's.
+
+    Names such as q_token are strides in elements.
+    """
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    batch, token, first, of_q = place(sequence, q_heads, k_heads, WHOLE, Q_TILE, K_TILE)
+    position_ptr += batch * position_batch + token * position_token
+    q_ptr += batch * q_batch + token * q_token
+    k_ptr += batch * k_batch + token * k_token
+    q_out_ptr += batch * q_out_batch + token * q_out_token
+    k_out_ptr += batch * k_out_batch + token * k_out_token
+    if WHOLE:
+        qa, qb, qe = load_heads(q_ptr, first, q_heads, q_head, HALF, REST, HALF_BLOCK, REST_BLOCK, Q_TILE)
+        ka, kb, ke = load_heads(k_ptr, first, k_heads, k_head, HALF, REST, HALF_BLOCK, REST_BLOCK, K_TILE)
+        forward_heads(
+            qa, qb, qe, q_out_ptr, first, q_heads, q_out_head, wq_ptr, cos_ptr, sin_ptr, position_ptr, token, length,
+            eps, dtype, POSITIONS, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, Q_TILE,
+        )  # fmt: skip
+        forward_heads(
+            ka, kb, ke, k_out_ptr, first, k_heads, k_out_head, wk_ptr, cos_ptr, sin_ptr, position_ptr, token, length,
+            eps, dtype, POSITIONS, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, K_TILE,
+        )  # fmt: skip
+    elif of_q:
+        a, b, e = load_heads(q_ptr, first, q_heads, q_head, HALF, REST, HALF_BLOCK, REST_BLOCK, Q_TILE)
+        forward_heads(
+            a, b, e, q_out_ptr, first, q_heads, q_out_head, wq_ptr, cos_ptr, sin_ptr, position_ptr, token, length,
+            eps, dtype, POSITIONS, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, Q_TILE,
+        )  # fmt: skip
+    else:
+        a, b, e = load_heads(k_ptr, first, k_heads, k_head, HALF, REST, HALF_BLOCK, REST_BLOCK, K_TILE)
+        forward_heads(
+            a, b, e, k_out_ptr, first, k_heads, k_out_head, wk_ptr, cos_ptr, sin_ptr, position_ptr, token, length,
+            eps, dtype, POSITIONS, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, K_TILE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -93,7 +113,8 @@ def backward_kernel(
     GEMMA: tl.constexpr, NEED_DW: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
-    """`tokens_each` tokens a program: gradients of q and k, and its part of both dw in dw_ptr [programs, 2, D], fp32."""
+    """Gradients of q and k. A group of heads of one token a program, of q or of k; with NEED_DW all heads of
+    `tokens_each` tokens, whose part of both dw goes to dw_ptr [programs, 2, D], fp32."""
     EXTRA: tl.constexpr = REST_BLOCK if REST else HALF_BLOCK
     qa = tl.zeros((Q_TILE, HALF_BLOCK), tl.float32)
     qb = tl.zeros((Q_TILE, HALF_BLOCK), tl.float32)
@@ -101,62 +122,49 @@ def backward_kernel(
     ka = tl.zeros((K_TILE, HALF_BLOCK), tl.float32)
     kb = tl.zeros((K_TILE, HALF_BLOCK), tl.float32)
     ke = tl.zeros((K_TILE, EXTRA), tl.float32)
-    first = tl.program_id(0) * tokens_each
-    for i in range(tl.minimum(tokens_each, tokens - first)):
-        batch = ((first + i) // sequence).to(tl.int64)
-        token = ((first + i) % sequence).to(tl.int64)
-        at = position_ptr + batch * position_batch + token * position_token
-        c, s = angles(cos_ptr, sin_ptr, at, token, length, POSITIONS, HALF, HALF_BLOCK, 1)
-        qa, qb, qe = backward_heads(
-            dq_ptr + batch * dq_batch + token * dq_token, q_ptr + batch * q_batch + token * q_token,
-            q_out_ptr + batch * q_out_batch + token * q_out_token, wq_ptr, c, s, q_heads, dq_head, q_head, q_out_head,
-            eps, qa, qb, qe, GEMMA, NEED_DW, HALF, REST, HALF_BLOCK, REST_BLOCK, Q_TILE,
-        )  # fmt: skip
-        ka, kb, ke = backward_heads(
-            dk_ptr + batch * dk_batch + token * dk_token, k_ptr + batch * k_batch + token * k_token,
-            k_out_ptr + batch * k_out_batch + token * k_out_token, wk_ptr, c, s, k_heads, dk_head, k_head, k_out_head,
-            eps, ka, kb, ke, GEMMA, NEED_DW, HALF, REST, HALF_BLOCK, REST_BLOCK, K_TILE,
-        )  # fmt: skip
     if NEED_DW:
+        first = tl.program_id(0) * tokens_each
+        for i in range(tl.minimum(tokens_each, tokens - first)):
+            batch = ((first + i) // sequence).to(tl.int64)
+            token = ((first + i) % sequence).to(tl.int64)
+            at = position_ptr + batch * position_batch + token * position_token
+            for head in range(0, q_heads, Q_TILE):
+                qa, qb, qe = backward_heads(
+                    dq_ptr + batch * dq_batch + token * dq_token, q_ptr + batch * q_batch + token * q_token,
+                    q_out_ptr + batch * q_out_batch + token * q_out_token, wq_ptr, head, q_heads, dq_head, q_head,
+                    q_out_head, cos_ptr, sin_ptr, at, token, length, eps, qa, qb, qe, POSITIONS, GEMMA, NEED_DW, HALF, REST,
+                    HALF_BLOCK, REST_BLOCK, Q_TILE,
+                )  # fmt: skip
+            for head in range(0, k_heads, K_TILE):
+                ka, kb, ke = backward_heads(
+                    dk_ptr + batch * dk_batch + token * dk_token, k_ptr + batch * k_batch + token * k_token,
+                    k_out_ptr + batch * k_out_batch + token * k_out_token, wk_ptr, head, k_heads, dk_head, k_head,
+                    k_out_head, cos_ptr, sin_ptr, at, token, length, eps, ka, kb, ke, POSITIONS, GEMMA, NEED_DW, HALF, REST,
+                    HALF_BLOCK, REST_BLOCK, K_TILE,
+                )  # fmt: skip
         here = tl.full((1, 1), 1, tl.int1)
         row = dw_ptr + tl.program_id(0).to(tl.int64) * 2 * (2 * HALF + REST)
         qa, qb, qe = tl.sum(qa, 0)[None, :], tl.sum(qb, 0)[None, :], tl.sum(qe, 0)[None, :]
         store(row, qa, qb, qe, here, HALF, REST, HALF_BLOCK, REST_BLOCK)
         ka, kb, ke = tl.sum(ka, 0)[None, :], tl.sum(kb, 0)[None, :], tl.sum(ke, 0)[None, :]
         store(row + 2 * HALF + REST, ka, kb, ke, here, HALF, REST, HALF_BLOCK, REST_BLOCK)
-
-
-@dataclass(frozen=True)
-class Config:
-    """How one pass is launched."""
-
-    heads: RopeConfig
-    programs: int
-    tokens_each: int
-
-    # Most in one tile, 8 a thread of each operand: backward holds four, and the sums of dw. Tiles of 2048 took 7 to 14% longer
-    # with 32+8 heads of 128, 27% with 8+4 of 256 at 1024 tokens (one H200).
-    ELEMENTS, WARPS = 1024, 4
-    PROGRAMS_PER_SM = 8  # where every program leaves partial sums behind
-
-    @classmethod
-    def choose(
-        cls, tokens: int, q_heads: int, k_heads: int, head_dim: int, rotary: int, p: DeviceProperties, sums: bool = False
-    ) -> Config:  # fmt: skip
-        """Every token a program; with `sums` over tokens, as few programs as keep the memory busy."""
-        warps = cls.WARPS * (2 if sums and rotary < head_dim else 1)  # with 4, 48 bytes spill on sm_12x
-        heads = RopeConfig.choose(q_heads, k_heads, head_dim, rotary, cls.ELEMENTS, warps)
-        resident = p.sm_count * max(1, min(cls.PROGRAMS_PER_SM, p.threads_per_sm // (32 * heads.num_warps)))
-        each = cdiv(tokens, min(tokens, resident)) if sums else 1
-        return cls(heads, cdiv(tokens, each), each)
-
-    def constants(self, rotary: int, head_dim: int) -> dict[str, Any]:
-        """The kernels' compile-time sizes."""
-        h = self.heads
-        return dict(
-            HALF=rotary // 2, REST=head_dim - rotary, HALF_BLOCK=h.half_block, REST_BLOCK=h.rest_block,
-            Q_TILE=h.q_tile, K_TILE=h.k_tile,
-        )  # fmt: skip
+    else:
+        batch, token, head, of_q = place(sequence, q_heads, k_heads, False, Q_TILE, K_TILE)
+        at = position_ptr + batch * position_batch + token * position_token
+        if of_q:
+            backward_heads(
+                dq_ptr + batch * dq_batch + token * dq_token, q_ptr + batch * q_batch + token * q_token,
+                q_out_ptr + batch * q_out_batch + token * q_out_token, wq_ptr, head, q_heads, dq_head, q_head,
+                q_out_head, cos_ptr, sin_ptr, at, token, length, eps, qa, qb, qe, POSITIONS, GEMMA, NEED_DW, HALF, REST,
+                HALF_BLOCK, REST_BLOCK, Q_TILE,
+            )  # fmt: skip
+        else:
+            backward_heads(
+                dk_ptr + batch * dk_batch + token * dk_token, k_ptr + batch * k_batch + token * k_token,
+                k_out_ptr + batch * k_out_batch + token * k_out_token, wk_ptr, head, k_heads, dk_head, k_head,
+                k_out_head, cos_ptr, sin_ptr, at, token, length, eps, ka, kb, ke, POSITIONS, GEMMA, NEED_DW, HALF, REST,
+                HALF_BLOCK, REST_BLOCK, K_TILE,
+            )  # fmt: skip
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -172,12 +180,12 @@ def forward_into(
     if q.numel() + k.numel() == 0:
         return
     q, k, cos, sin = unit(q), unit(k), cos.contiguous(), sin.contiguous()
-    c = Config.choose(b * s, h, k.shape[2], d, 2 * cos.shape[1], DeviceProperties.of(q.device))
+    c = Config.choose(b * s, h, k.shape[2], d, 2 * cos.shape[1], DeviceProperties.of(q.device), "forward")
     dispatch.launch(
         forward_kernel, c.programs, q, q, k, q_out, k_out, q_weight.contiguous(), k_weight.contiguous(), cos, sin,
         cos if positions is None else positions, s, cos.shape[0], h, k.shape[2], *_strides(q, k, q_out, k_out),
         *((0, 0) if positions is None else positions.stride()), eps, POSITIONS=positions is not None,
-        GEMMA=variant == "gemma", **c.constants(2 * cos.shape[1], d), num_warps=c.heads.num_warps,
+        GEMMA=variant == "gemma", WHOLE=c.whole, **c.constants(2 * cos.shape[1], d), num_warps=c.heads.num_warps,
     )  # fmt: skip
 
 
@@ -190,7 +198,8 @@ def backward_into(
     if q.numel() + k.numel() == 0:
         return torch.zeros((2, d), dtype=torch.float32, device=q.device)
     dq, dk, q, k, cos, sin = unit(dq), unit(dk), unit(q), unit(k), cos.contiguous(), sin.contiguous()
-    c = Config.choose(b * s, h, k.shape[2], d, 2 * cos.shape[1], DeviceProperties.of(q.device), sums)
+    way: Way = "sums" if sums else "backward"
+    c = Config.choose(b * s, h, k.shape[2], d, 2 * cos.shape[1], DeviceProperties.of(q.device), way)
     partial = torch.empty((c.programs if sums else 1, 2, d), dtype=torch.float32, device=q.device)
     dispatch.launch(
         backward_kernel, c.programs, q, dq, dk, q, k, q_out, k_out, q_weight.contiguous(), k_weight.contiguous(),
@@ -324,46 +333,17 @@ def _composed(call: Any, t: Tensors, p: Problem) -> tuple[Tensor, Tensor]:
     return call(t, p), rows_of(*rope(q, k, t["cos"], t["sin"], at))["q"]
 
 
-def _launches(p: DeviceProperties) -> list[Launch]:
-    """Real heads in bf16 and Llama's order, partial ones, and Gemma's order and the other dtypes at heads of 128."""
-    heads = ((32, 8, 64, 64), (32, 8, 80, 32), (32, 32, 96, 96), (32, 8, 128, 128), (8, 4, 256, 256))
-    cases = [(h, torch.bfloat16, "llama") for h in heads]
-    cases += [((32, 8, 128, 128), torch.float32, "gemma"), ((32, 8, 128, 128), torch.float16, "llama")]
-    found = []
-    for (h, kv, d, r), dtype, variant in cases:
-        ptr = f"*{TRITON_TYPES[dtype]}"
-        for sums in (None, False, True):
-            c = Config.choose(2**20, h, kv, d, r, p, bool(sums))
-            args = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "wq_ptr", "wk_ptr"), ptr)
-            args |= dict(cos_ptr="*fp32", sin_ptr="*fp32", position_ptr="*i64", eps="fp32")
-            sizes = ["sequence", "length", "q_heads", "k_heads", "position_batch", "position_token"]
-            named = ["q", "k", "q_out", "k_out"]
-            flags = dict(POSITIONS=True, GEMMA=variant == "gemma") | c.constants(r, d)
-            name, where = "forward_kernel", "forward"
-            if sums is not None:
-                name, where = "backward_kernel", "backward" + (", weights trained" if sums else "")
-                args |= dict(dq_ptr=ptr, dk_ptr=ptr, dw_ptr="*fp32")
-                sizes += ["tokens", "tokens_each"]
-                named += ["dq", "dk"]
-                flags["NEED_DW"] = sums
-            args |= dict.fromkeys(sizes + [f"{t}_{s}" for t in named for s in ("batch", "token", "head")], "i32")
-            args |= dict.fromkeys(flags, "constexpr")
-            when = f"{where}, {h}+{kv} heads of {d}, {r} rotary"
-            found.append(Launch(when, name, args, flags, c.heads.num_warps, 3, TRITON_TYPES[dtype], variant))
-    return found
-
-
 MUTANTS = Mutant.table(
     """no-eps @head_norms: eps left out of the forward
 - r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / (2 * HALF + REST) + eps)
--         a = rounded
+-     a = rounded
 + r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / (2 * HALF + REST))
-+         a = rounded
++     a = rounded
 backward-eps @head_norms: eps left out of the backward
 - r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / (2 * HALF + REST) + eps)
--         a, b, e = a * r
+-     a, b, e = a * r
 + r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / (2 * HALF + REST))
-+         a, b, e = a * r
++     a, b, e = a * r
 rest-not-counted @head_norms: the mean over what turns alone
 - total += tl.sum(e, 1)
 + total += 0.0
@@ -380,13 +360,22 @@ halves-share-weights @head_norms: the second half multiplied by the first half's
 - like_llama(b * r, dtype, GEMMA) * wb
 + like_llama(b * r, dtype, GEMMA) * wa
 keys-by-query-weight: keys multiplied by the queries' weight
-- k_out_ptr + batch * k_out_batch + token * k_out_token, wk_ptr, c, s,
--         k_heads, k_head, k_out_head, eps, GEMMA
-+ k_out_ptr + batch * k_out_batch + token * k_out_token, wq_ptr, c, s,
-+         k_heads, k_head, k_out_head, eps, GEMMA
+- a, b, e, k_out_ptr, first, k_heads, k_out_head, wk_ptr
++ a, b, e, k_out_ptr, first, k_heads, k_out_head, wq_ptr
+whole-keys-by-query-weight: that, where a program has all heads
+- ka, kb, ke, k_out_ptr, first, k_heads, k_out_head, wk_ptr
++ ka, kb, ke, k_out_ptr, first, k_heads, k_out_head, wq_ptr
+frozen-keys-by-query-weight: the gradient of keys taken with the queries' weight
+- wk_ptr, head, k_heads, dk_head, k_head,
+-                 k_out_head
++ wq_ptr, head, k_heads, dk_head, k_head,
++                 k_out_head
+group-of-queries @rope: groups of keys begin where those of queries do
+- (group - q_groups) * K_TILE)
++ group * K_TILE)
 sign @head_norms: the turn taken the other way
-- a * c - b * s, b * c + a * s, e
-+ a * c + b * s, b * c - a * s, e
+- a, b = a * c - b * s, b * c + a * s
++ a, b = a * c + b * s, b * c - a * s
 not-turned-back @head_norms: the gradient turned on instead of back
 - ga, gb = da * c + db * s, db * c - da * s
 + ga, gb = da * c - db * s, db * c + da * s
@@ -411,17 +400,26 @@ keys-weight-alone: no sums where only the keys' weight is trained
 last-token-missing: a program leaves its last token out
 - range(tl.minimum(tokens_each, tokens - first))
 + range(tl.minimum(tokens_each, tokens - first) - 1)
-positions-ignored: backward without the given positions
-- length, POSITIONS, HALF, HALF_BLOCK, 1)
--         qa
-+ length, False, HALF, HALF_BLOCK, 1)
-+         qa
+positions-ignored @head_norms: backward without the given positions
+- length, POSITIONS, HALF, HALF_BLOCK, ROWS)
++ length, False, HALF, HALF_BLOCK, ROWS)
 gradient-stride: the gradient read with q's token stride
-- dq_ptr + batch * dq_batch + token * dq_token
-+ dq_ptr + batch * dq_batch + token * q_token
-int32-offset: offsets in 32 bits
-- token = (tl.program_id(0) % sequence).to(tl.int64)
-+ token = tl.program_id(0) % sequence
+- for head in range(0, q_heads, Q_TILE):
+-                 qa, qb, qe = backward_heads(
+-                     dq_ptr + batch * dq_batch + token * dq_token,
++ for head in range(0, q_heads, Q_TILE):
++                 qa, qb, qe = backward_heads(
++                     dq_ptr + batch * dq_batch + token * q_token,
+frozen-gradient-stride: that, where the weights are frozen
+- if of_q:
+-             backward_heads(
+-                 dq_ptr + batch * dq_batch + token * dq_token,
++ if of_q:
++             backward_heads(
++                 dq_ptr + batch * dq_batch + token * q_token,
+int32-offset @rope: offsets in 32 bits
+- (at % sequence).to(tl.int64), first
++ at % sequence, first
 gradient-over-input: dq written over the saved q
 - out, sums = (_new(q), _new(k))
 + out, sums = ((q.detach() if q.is_contiguous() else _new(q)), _new(k))
@@ -441,7 +439,9 @@ OP = OpSpec(
         "partial": {
             "rows": 4, "batch": 2, "heads": 3, "kv_heads": 1, "head_dim": 20, "rotary": 12, "positions": 32, "gap": 4,
         },
-        "frozen": {"rows": 2, "heads": 1, "kv_heads": 1, "head_dim": 96, "rotary": 96, "positions": 0, "frozen": 2},
+        "frozen": {
+            "rows": 2, "heads": 1, "kv_heads": 1, "head_dim": 96, "rotary": 96, "positions": 0, "frozen": 2, "gap": 8,
+        },
         "many heads": {"rows": 2, "heads": 20, "kv_heads": 17, "head_dim": 128, "rotary": 128, "frozen": 1},
         "no rows": {"rows": 0, "heads": 2, "kv_heads": 1, "head_dim": 8, "rotary": 8},
         "far": {"rows": 3, "heads": 2, "kv_heads": 1, "head_dim": 16, "rotary": 16},
@@ -454,7 +454,7 @@ OP = OpSpec(
     inputs=_inputs,
     call=_call,
     reference=_reference,
-    launches=_launches,
+    launches=launches,
     bytes_moved=_bytes,
     flops=lambda p, which: (
         (7 if which == "forward" else 14) * p.dims["rows"] * (p.dims["heads"] + p.dims["kv_heads"]) * p.dims["head_dim"]

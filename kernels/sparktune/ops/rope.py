@@ -88,10 +88,11 @@ def angles(
 
 
 @triton.jit
-def place(sequence, q_heads, k_heads, Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
-    """This program's batch and token, its first head, and whether that is one of q: groups of heads of q, then of k."""
+def place(sequence, q_heads, k_heads, WHOLE: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
+    """This program's batch and token, its first head, and whether that is one of q: a token's groups of heads of q, then
+    of k; with WHOLE it has one program."""
     q_groups = (q_heads + Q_TILE - 1) // Q_TILE
-    groups = q_groups + (k_heads + K_TILE - 1) // K_TILE
+    groups = 1 if WHOLE else q_groups + (k_heads + K_TILE - 1) // K_TILE
     at, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     of_q = group < q_groups
     first = tl.where(of_q, group * Q_TILE, (group - q_groups) * K_TILE)
@@ -151,7 +152,7 @@ def rotate_kernel(
     HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     """A group of heads of one token a program, of q or of k; names such as q_token are strides in elements."""
-    batch, token, first, of_q = place(sequence, q_heads, k_heads, Q_TILE, K_TILE)
+    batch, token, first, of_q = place(sequence, q_heads, k_heads, False, Q_TILE, K_TILE)
     position_ptr += batch * position_batch + token * position_token
     if of_q:
         _heads(
