@@ -33,10 +33,11 @@ def build(model_dir: str, a: Any) -> dict[str, Any]:
     from sparktune.ops import dispatch
     from sparktune.optim.flat import FlatParameters
 
+    on_host = os.environ.get(EMBEDDING) == "1"
     model, _ = FastLanguageModel.from_pretrained(
         model_dir, max_seq_length=a.batch * a.seq if a.packed else a.seq, dtype=torch.bfloat16, load_in_4bit=True,
         device_map={"": 0 if a.device == "cuda" else "cpu"}, local_files_only=True,
-        offload_embedding=os.environ.get(EMBEDDING) == "1",
+        offload_embedding=on_host,
     )  # fmt: skip
     checkpointed = a.gc == "on"
     model = FastLanguageModel.get_peft_model(
@@ -44,7 +45,7 @@ def build(model_dir: str, a: Any) -> dict[str, Any]:
     )
     budget = float(os.environ.get(BUDGET, "0"))
     offload = os.environ.get(OFFLOAD) == "1"
-    if os.environ.get(EMBEDDING) == "1":
+    if on_host:
         budget += model.get_input_embeddings().weight.nbytes / 2**30
     if checkpointed:
         set_memory_budget(model, budget * 2**30, offload=offload)

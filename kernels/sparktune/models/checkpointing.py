@@ -59,9 +59,14 @@ class LayerShape:
         return (self.hidden if kind == "residual" else 2 * self.inner) * self.itemsize
 
     @property
+    def weights(self) -> int:
+        """Elements of the layer's projections."""
+        return self.hidden * (2 * self.q + 2 * self.kv + 3 * self.inner)
+
+    @property
     def weight_bytes(self) -> int:
-        """Bytes of the layer's weights in an activation's dtype."""
-        return (self.hidden * (2 * self.q + 2 * self.kv) + 3 * self.hidden * self.inner) * self.itemsize
+        """Bytes of these in an activation's dtype."""
+        return self.weights * self.itemsize
 
     def flops_of(self, kind: str, row: int) -> float:
         """Flops a token that keeping `kind` spares, those of attention (causal rows of `row` tokens) weighed by its speed.
@@ -96,10 +101,11 @@ def spend(
         if cost <= budget:
             budget -= cost
             kept[i].add(kind)
-    for keeps, layer in zip(reversed(kept), reversed(layers), strict=True):
-        if all(k >= ALL for k in kept) and layer.weight_bytes <= budget:
-            budget -= layer.weight_bytes
-            keeps.add(WEIGHTS)
+    if all(k >= ALL for k in kept):
+        for keeps, layer in zip(reversed(kept), reversed(layers), strict=True):
+            if layer.weight_bytes <= budget:
+                budget -= layer.weight_bytes
+                keeps.add(WEIGHTS)
     return [frozenset(k) for k in kept]
 
 

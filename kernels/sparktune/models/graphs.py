@@ -115,7 +115,7 @@ class StepGraphs:
         found, key = self._find((*batch.key(), *_setting(model)), batch, model)
         if found is None:
             return None
-        if found.stream != _stream(batch.ids):
+        if found.stream != dispatch.stream_of(batch.ids.device):
             return self._as_ever("another stream")
         turn = Turn(found)
         loss = found.run(batch, turn)
@@ -183,23 +183,23 @@ class Recorded:
     """Two graphs, the memory that they read from and write to, and what the model was like."""
 
     def __init__(self, model: Any, batch: Batch, valid: int | None, pool: Any) -> None:
-        self.stream = _stream(batch.ids)
+        self.stream = dispatch.stream_of(batch.ids.device)
         # Kept, so that no memory that graphs read is given back.
         self._groups = [g for layer in _layers(model) for g in parts_of(layer).groups]
         self._held = [g.held.buffer for g in self._groups]
         self._params = [p for p in model.parameters() if p.requires_grad]
-        self._watched = [*self._params, *(t for g in self._groups for t in g.factors if t is not None)]
+        factors = (t for g in self._groups for t in g.factors if t is not None)  # frozen ones too
+        self._watched = list({id(t): t for t in (*self._params, *factors)}.values())
         self._alive = [t.detach() for t in self._watched]
         self._state = self._look(model)
         self._ids, self._targets = batch.ids.clone(), batch.targets.clone()
         self._positions = None if batch.positions is None else batch.positions.clone()
         d = batch.documents
         self._documents = None if d is None else Documents(d.cu_seqlens.clone(), d.longest, d.packed)
-        self._items = None if batch.items is None else torch.empty((), device=batch.ids.device)
+        self._items = None if batch.items is None else torch.ones((), device=batch.ids.device)
         self._dloss = torch.ones((), device=batch.ids.device)
         self._loss: Tensor | None = None
         self._grads: tuple[Tensor | None, ...] = ()
-        self._copy(batch)
 
         def forward() -> None:
             self._loss = model.graphed_loss(
@@ -308,10 +308,6 @@ def _setting(model: Any) -> tuple[Any, ...]:
         getattr(model._decoder, checkpointing.BUDGET, 0.0),
         all(layer.gradient_checkpointing for layer in _layers(model)),
     )
-
-
-def _stream(t: Tensor) -> int:
-    return int(torch.cuda.current_stream(t.device).cuda_stream) if t.is_cuda else 0
 
 
 def _state(model: Any) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparktune.ops import dispatch
 from sparktune.ops.lora_packed import Stack, pack
 from sparktune.ops.weights import Weight
 
@@ -25,7 +26,7 @@ class Held:
         self.buffer: Tensor | None = None
         self.serial = 0  # counts what was written around the weights
         self._made_of: tuple[Any, ...] = ()
-        self._stream = 0
+        self._stream = 0  # in whose order alone the buffer may be written again
         self._stack: Stack | None = None  # its weights live on, so that no others can come to lie where they did
 
     def release(self) -> None:
@@ -42,8 +43,9 @@ class Held:
         `serial`: what `self.serial` was when the caller's factors were written; they are not written again if nobody
         else's were since.
         """
-        capturing = stack.weights[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        made_of, stream = _made_of(stack), _stream(stack)
+        device = stack.weights[0].device
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        made_of, stream = _made_of(stack), dispatch.stream_of(device)
         if (
             self.buffer is not None
             and self.buffer.dtype == dtype
@@ -68,12 +70,6 @@ class Held:
 def _made_of(stack: Stack) -> tuple[Any, ...]:
     """What the weights in a buffer depend on: their memory, and whether it was written to since."""
     return (stack.ranks, stack.biased, *(x for w in stack.weights for x in _of(w)))
-
-
-def _stream(stack: Stack) -> int:
-    """The stream in whose order alone a buffer may be written again."""
-    device = stack.weights[0].device
-    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def _of(w: Weight) -> tuple[int, ...]:

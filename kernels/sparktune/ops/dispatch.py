@@ -79,6 +79,11 @@ def kernels_run_on(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu")
 
 
+def stream_of(device: torch.device) -> int:
+    """The handle of the stream that is current on a CUDA device; 0 on any other."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast wants matrix products in on this tensor's device; None outside autocast."""
     kind = tensor.device.type

@@ -65,7 +65,7 @@ class ModelShape:
     @property
     def layer_weights(self) -> int:
         """Elements of a layer's projections."""
-        return sum(n * k for n, k in self.projections.values())
+        return self.layer().weights
 
     def lora_elements(self, rank: int) -> int:
         """Elements of A and B of all seven projections of a layer."""
