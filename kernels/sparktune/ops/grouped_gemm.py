@@ -181,6 +181,8 @@ class Config:
         each = m / max(1, experts)
         if dtype == torch.float32 or step == 1:
             rows, cols, depth, warps = (16 if each <= 16 else 64), 64, 32, 4
+            if step == 1 and p.capability // 10 == cls.TENSOR_MEMORY:
+                warps = 8  # operands loaded one by one spill 40 bytes with 4
         elif n <= 64:
             rows, cols, depth, warps = (16 if each <= 16 else 64), max(16, next_power_of_2(n)), 128, 4
         elif each <= 64:
