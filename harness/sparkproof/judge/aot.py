@@ -2,23 +2,23 @@
 limits.
 
 Triton itself enforces none: a tile of 147456 bytes of shared memory compiles for sm_121 without complaint and fails
-at its first launch. Shared memory comes from the compiled kernel's metadata; registers and spills from `ptxas -v` on
-its PTX, with the assembler that Triton bundles for the target.
+at its first launch. Shared memory comes from the compiled kernel's metadata; registers and spills from the log of the
+assembler that Triton bundles for the target and runs. What lies in Triton's cache has no log and is compiled again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -116,8 +116,8 @@ def judge(op: str, launch: Launch, kernel: Any, target: Target) -> Row:
         shared_limit=target.shared_limit,
     )  # fmt: skip
     try:
-        shared, ptx = _compile(launch, kernel, target)
-        registers, spills = _assemble(ptx, target, launch.fp_fusion)
+        shared, log = _compile(launch, kernel, target)
+        registers, spills = _used(log, target)
     except Exception as e:  # whatever the compiler raises is the finding
         return Row(**about, passed=False, reason=f"does not compile: {_last_line(e)}", seconds=_since(start))
     reason = excess(registers, spills, shared, launch.num_warps, target)
@@ -142,7 +142,7 @@ def excess(registers: int, spills: int, shared: int, num_warps: int, target: Tar
 
 
 def _compile(launch: Launch, kernel: Any, target: Target) -> tuple[int, str]:
-    """(bytes of shared memory, PTX)."""
+    """(bytes of shared memory, the assembler's log)."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -158,25 +158,20 @@ def _compile(launch: Launch, kernel: Any, target: Target) -> tuple[int, str]:
     # As `dispatch.launch` launches.
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     options["enable_fp_fusion"] = launch.fp_fusion
-    compiled = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options=options)
-    return int(compiled.metadata.shared), str(compiled.asm["ptx"])
+    log = io.StringIO()
+    knobs = triton.knobs
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True  # assembling a second time to read it would take a fifth of the gate
+        knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options=options)
+    return int(compiled.metadata.shared), log.getvalue()
 
 
-def _assemble(ptx: str, target: Target, fp_fusion: bool) -> tuple[int, int]:
-    """(registers a thread, bytes of spill stores and loads), from `ptxas -v`."""
-    tool = triton.knobs.nvidia.ptxas_blackwell if target.capability >= 100 else triton.knobs.nvidia.ptxas
-    wanted = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
-    assert wanted is not None, "PTX names no target"
-    with tempfile.TemporaryDirectory(prefix="sparkproof-ptx-") as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx, encoding="utf-8")
-        fused = f"--fmad={'true' if fp_fusion else 'false'}"
-        command = [tool.path, "-v", fused, f"--gpu-name={wanted[1]}", str(path), "-o", os.devnull]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    log = done.stdout + done.stderr
+def _used(log: str, target: Target) -> tuple[int, int]:
+    """(registers a thread, bytes of spill stores and loads), from the assembler's log."""
     used, spilled = USED.findall(log), SPILLED.findall(log)
-    if done.returncode or not used or not spilled:
-        raise RuntimeError(f"ptxas for {target.name} ended with {done.returncode}: {log.strip()[-500:]}")
+    if not used or not spilled:
+        raise RuntimeError(f"ptxas for {target.name} says nothing of registers and spills: {log.strip()[-500:]}")
     return max(map(int, used)), sum(int(a) + int(b) for a, b in spilled)
 
 
