@@ -49,7 +49,7 @@ from sparktune.ops.lora_packed import (
     unflatten,
     with_room,
 )  # fmt: skip
-from sparktune.ops.numerics import cast, exp
+from sparktune.ops.numerics import cast, exp, quotient
 from sparktune.ops.spec import FLOATS, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
 from sparktune.ops.weights import Weight
 
@@ -88,8 +88,8 @@ def _act(e, TANH: tl.constexpr):
         slope = share + e * slope
     else:
         d = 1.0 + exp(-e)
-        s = tl.math.div_rn(1.0, d)
-        act = tl.math.div_rn(e, d)
+        s = quotient(1.0, d)
+        act = quotient(e, d)
         slope = s * (1.0 + e * (1.0 - s))
     return act, slope
 
@@ -99,7 +99,7 @@ def forward_kernel(
     gate_ptr, up_ptr, h_ptr, n, gate_stride, up_stride, h_stride, TANH: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One block of one row a program: h."""
-    row, cols, mask = place(tl.program_id(0).to(tl.int64), n, BLOCK)
+    row, cols, mask = place(n, BLOCK)
     gate = load(gate_ptr, row, gate_stride, cols, mask)
     up = load(up_ptr, row, up_stride, cols, mask)
     act, _ = _act(gate, TANH)
@@ -112,7 +112,7 @@ def backward_kernel(
     TANH: tl.constexpr, REMAKE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of one row a program: both gradients; with REMAKE then h over dh, of which nobody else reads this block."""
-    row, cols, mask = place(tl.program_id(0).to(tl.int64), n, BLOCK)
+    row, cols, mask = place(n, BLOCK)
     dh = load(dh_ptr, row, dh_stride, cols, mask)
     gate = load(gate_ptr, row, gate_stride, cols, mask)
     up = load(up_ptr, row, up_stride, cols, mask)
@@ -310,7 +310,7 @@ def _without_b(call: Any, t: Tensors, p: Problem) -> tuple[Tensor, Tensor]:
 
 MUTANTS = Mutant.table(
     """relu: ReLU in place of SiLU
-- act = tl.math.div_rn(e, d)
+- act = quotient(e, d)
 + act = tl.maximum(e, 0.0)
 silu-slope: SiLU's slope without that of its sigmoid
 - slope = s * (1.0 + e * (1.0 - s))

@@ -37,6 +37,28 @@ def exp(x):
 
 
 @triton.jit
+def quotient(a, d):
+    """a / d of fp32 for 1 <= d <= Inf, rounded as IEEE 754 wants it, without a branch.
+
+    `div.rn` jumps to a slow path where its fast one fails, one element after the other. This is its fast path, which
+    for such d fails only where d or a is infinite: there a times 1 / d is right, and what corrects it is no number. d
+    / 16 keeps 1 / d normal, so that the device's reciprocal need not look for what is not.
+
+    Source: Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990.
+    """
+    if INTERPRETED:
+        q = tl.math.div_rn(a, d)
+    else:
+        r = reciprocal(d * 0.0625) * 0.0625
+        first = a * r
+        finer = tl.fma(tl.fma(-d, r, 1.0), r, r)
+        q = tl.fma(-tl.fma(d, first, -a), finer, first)  # signs as they are: else -0 / d would be 0
+        q = tl.fma(-tl.fma(d, q, -a), finer, q)
+        q = tl.where(q == q, q, first)
+    return q
+
+
+@triton.jit
 def reciprocal(x):
     """1 / x of fp32 as CUDA code built with fast maths computes it, to the last bit or the one before it."""
     if INTERPRETED:

@@ -33,7 +33,7 @@ from torch import Tensor
 from sparktune.ops import glu
 from sparktune.ops.fused import Fused
 from sparktune.ops.glu import load, place, store
-from sparktune.ops.numerics import cast, exp
+from sparktune.ops.numerics import cast, exp, quotient
 from sparktune.ops.spec import FLOATS, Mutant, OpSpec, Problem, Tensors
 
 
@@ -47,10 +47,10 @@ def reference(gate: Tensor, up: Tensor | None = None, room: int = 0, grad_room: 
 @triton.jit
 def forward_kernel(gate_ptr, up_ptr, y_ptr, n, gate_stride, up_stride, y_stride, BLOCK: tl.constexpr):
     """One block of one row a program."""
-    row, cols, mask = place(tl.program_id(0).to(tl.int64), n, BLOCK)
+    row, cols, mask = place(n, BLOCK)
     gate = load(gate_ptr, row, gate_stride, cols, mask)
     up = load(up_ptr, row, up_stride, cols, mask)
-    h = cast(tl.math.div_rn(gate, 1.0 + exp(-gate)), y_ptr.dtype.element_ty).to(tl.float32)
+    h = cast(quotient(gate, 1.0 + exp(-gate)), y_ptr.dtype.element_ty).to(tl.float32)
     store(y_ptr, row, y_stride, cols, mask, h * up)
 
 
@@ -60,11 +60,11 @@ def backward_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of one row a program: both gradients."""
-    row, cols, mask = place(tl.program_id(0).to(tl.int64), n, BLOCK)
+    row, cols, mask = place(n, BLOCK)
     dy = load(dy_ptr, row, dy_stride, cols, mask)
     gate = load(gate_ptr, row, gate_stride, cols, mask)
     up = load(up_ptr, row, up_stride, cols, mask)
-    s = tl.math.div_rn(1.0, 1.0 + exp(-gate))
+    s = quotient(1.0, 1.0 + exp(-gate))
     dup = dy * gate * s
     dgate = dy * up * s * (1.0 + gate * (1.0 - s))
     store(dup_ptr, row, dup_stride, cols, mask, dup)
@@ -126,17 +126,17 @@ def _exact(t: Tensors, p: Problem, slack: float) -> tuple[Tensor, Tensor]:
 
 MUTANTS = Mutant.table(
     """relu: ReLU in place of SiLU
-- cast(tl.math.div_rn(gate, 1.0 + exp(-gate)),
+- cast(quotient(gate, 1.0 + exp(-gate)),
 + cast(tl.maximum(gate, 0.0),
 sigmoid-sign: sigmoid of minus the gate
-- div_rn(gate, 1.0 + exp(-gate))
-+ div_rn(gate, 1.0 + exp(gate))
+- quotient(gate, 1.0 + exp(-gate))
++ quotient(gate, 1.0 + exp(gate))
 gelu: the sigmoid form of GELU
-- div_rn(gate, 1.0 + exp(-gate))
-+ div_rn(gate, 1.0 + exp(-1.702 * gate))
+- quotient(gate, 1.0 + exp(-gate))
++ quotient(gate, 1.0 + exp(-1.702 * gate))
 unrounded: silu not rounded before the product
-- h = cast(tl.math.div_rn(gate, 1.0 + exp(-gate)), y_ptr.dtype.element_ty)
-+ h = tl.math.div_rn(gate, 1.0 + exp(-gate))
+- h = cast(quotient(gate, 1.0 + exp(-gate)), y_ptr.dtype.element_ty)
++ h = quotient(gate, 1.0 + exp(-gate))
 swapped: the product with the gate instead of up
 - cols, mask, h * up)
 + cols, mask, h * gate)

@@ -38,7 +38,7 @@ from sparktune.ops import glu
 from sparktune.ops.device import DeviceProperties
 from sparktune.ops.fused import Fused
 from sparktune.ops.glu import load, place, store
-from sparktune.ops.numerics import cast, exp
+from sparktune.ops.numerics import cast, exp, quotient
 from sparktune.ops.spec import FLOATS, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
 
 ALPHA, LIMIT = 1.702, 7.0
@@ -65,7 +65,7 @@ def _product(gate, up, limit, alpha, dtype: tl.constexpr):
     u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     u = cast(u + 1.0, dtype).to(tl.float32)
     t = cast(e * alpha, dtype).to(tl.float32)
-    s = cast(tl.math.div_rn(1.0, 1.0 + exp(-t)), dtype).to(tl.float32)
+    s = cast(quotient(1.0, 1.0 + exp(-t)), dtype).to(tl.float32)
     h = cast(e * s, dtype).to(tl.float32)
     return u * h
 
@@ -75,7 +75,7 @@ def _gradients(dy, gate, up, limit, alpha):
     """(dgate, dup) in fp32."""
     e = tl.where(gate > limit, limit, gate)
     u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    s = tl.math.div_rn(1.0, 1.0 + exp(-e * alpha))
+    s = quotient(1.0, 1.0 + exp(-e * alpha))
     dgate = dy * (u + 1.0) * s * (1.0 + alpha * e * (1.0 - s))
     dup = dy * (e * s)
     return tl.where(gate <= limit, dgate, 0.0), tl.where((up <= limit) & (up >= -limit), dup, 0.0)
@@ -84,7 +84,7 @@ def _gradients(dy, gate, up, limit, alpha):
 @triton.jit
 def forward_kernel(gate_ptr, up_ptr, y_ptr, n, gate_stride, up_stride, y_stride, limit, alpha, BLOCK: tl.constexpr):
     """One block of one row a program, gate and up side by side."""
-    row, cols, mask = place(tl.program_id(0).to(tl.int64), n, BLOCK)
+    row, cols, mask = place(n, BLOCK)
     gate = load(gate_ptr, row, gate_stride, cols, mask)
     up = load(up_ptr, row, up_stride, cols, mask)
     store(y_ptr, row, y_stride, cols, mask, _product(gate, up, limit, alpha, y_ptr.dtype.element_ty))
@@ -96,7 +96,7 @@ def backward_kernel(
     limit, alpha, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of one row a program, gate and up side by side."""
-    row, cols, mask = place(tl.program_id(0).to(tl.int64), n, BLOCK)
+    row, cols, mask = place(n, BLOCK)
     dy = load(dy_ptr, row, dy_stride, cols, mask)
     gate = load(gate_ptr, row, gate_stride, cols, mask)
     up = load(up_ptr, row, up_stride, cols, mask)
@@ -108,9 +108,8 @@ def backward_kernel(
 @triton.jit
 def forward_pairs_kernel(y_ptr, gate_up_ptr, n, y_stride, gate_up_stride, limit, alpha, BLOCK: tl.constexpr):
     """One block of one row a program, gate and up interleaved: read as the wide row that they are, then dealt out."""
-    program = tl.program_id(0).to(tl.int64)
-    row, cols, mask = place(program, n, BLOCK)
-    _, both, within = place(program, 2 * n, 2 * BLOCK)
+    row, cols, mask = place(n, BLOCK)
+    _, both, within = place(2 * tl.cast(n, tl.int64), 2 * BLOCK)
     gate, up = tl.split(tl.reshape(load(gate_up_ptr, row, gate_up_stride, both, within), (BLOCK, 2)))
     store(y_ptr, row, y_stride, cols, mask, _product(gate, up, limit, alpha, y_ptr.dtype.element_ty))
 
@@ -120,9 +119,8 @@ def backward_pairs_kernel(
     dy_ptr, gate_up_ptr, grad_ptr, n, dy_stride, gate_up_stride, grad_stride, limit, alpha, BLOCK: tl.constexpr
 ):
     """One block of one row a program, gate and up interleaved, and their gradients too."""
-    program = tl.program_id(0).to(tl.int64)
-    row, cols, mask = place(program, n, BLOCK)
-    _, both, within = place(program, 2 * n, 2 * BLOCK)
+    row, cols, mask = place(n, BLOCK)
+    _, both, within = place(2 * tl.cast(n, tl.int64), 2 * BLOCK)
     dy = load(dy_ptr, row, dy_stride, cols, mask)
     gate, up = tl.split(tl.reshape(load(gate_up_ptr, row, gate_up_stride, both, within), (BLOCK, 2)))
     dgate, dup = _gradients(dy, gate, up, limit, alpha)
@@ -255,8 +253,8 @@ silu: alpha left out of the sigmoid
 - t = cast(e * alpha, dtype).to(tl.float32)
 + t = e
 sigmoid-unrounded: the sigmoid not rounded before its product
-- s = cast(tl.math.div_rn(1.0, 1.0 + exp(-t)), dtype).to(tl.float32)
-+ s = tl.math.div_rn(1.0, 1.0 + exp(-t))
+- s = cast(quotient(1.0, 1.0 + exp(-t)), dtype).to(tl.float32)
++ s = quotient(1.0, 1.0 + exp(-t))
 argument-unrounded: alpha times the gate not rounded
 - t = cast(e * alpha, dtype).to(tl.float32)
 + t = e * alpha
@@ -295,17 +293,17 @@ layout-ignored: halves taken for interleaved pairs
 + if True:
 +         glu.launch(forward
 dy-stride: output gradient read as if it were contiguous
-- _, both, within = place(program, 2 * n, 2 * BLOCK)
+- _, both, within = place(2 * tl.cast(n, tl.int64), 2 * BLOCK)
 -     dy = load(dy_ptr, row, dy_stride, cols, mask)
-+ _, both, within = place(program, 2 * n, 2 * BLOCK)
++ _, both, within = place(2 * tl.cast(n, tl.int64), 2 * BLOCK)
 +     dy = load(dy_ptr, row, n, cols, mask)
 room-overlaps: rows of the gradient laid out as if there were no room
 - store(grad_ptr, row, grad_stride, both
 + store(grad_ptr, row, 2 * n, both
 int32-offset: row offset in 32 bits
-- _, both, within = place(program, 2 * n, 2 * BLOCK)
+- _, both, within = place(2 * tl.cast(n, tl.int64), 2 * BLOCK)
 -     gate, up
-+ _, both, within = place(program, 2 * n, 2 * BLOCK)
++ _, both, within = place(2 * tl.cast(n, tl.int64), 2 * BLOCK)
 +     row = row.to(tl.int32)
 +     gate, up
 silent-fallback: the reference run in place of the kernel
