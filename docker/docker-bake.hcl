@@ -1,4 +1,5 @@
-# docker buildx bake -f docker/docker-bake.hcl [train|serve|all]; `make image` gives it REVISION, VERSION and the locks' digests.
+# docker buildx bake -f docker/docker-bake.hcl [train|serve|all], with LOCK and SERVE_LOCK set to the locks' digests, and REVISION and
+# VERSION for the labels. `make image` builds without this file.
 variable "REVISION" { default = "unknown" }
 variable "VERSION" { default = "unknown" }
 variable "LOCK" { default = "" }

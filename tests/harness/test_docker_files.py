@@ -66,6 +66,14 @@ def test_shell_in_the_workflows_is_sound(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
+def test_no_action_runs_on_a_node_that_the_runners_no_longer_have() -> None:
+    """Node.js 20 left the runners in September 2026; these are the first releases that run on 24."""
+    first = {"actions/checkout": 5, "actions/upload-artifact": 6}
+    used = re.findall(r"uses: (\S+)@v(\d+)$", (ROOT / "docs/ci/github.yaml").read_text(), re.MULTILINE)
+    assert {name for name, _ in used} == first.keys()
+    assert all(int(major) >= first[name] for name, major in used), used
+
+
 # --- the Dockerfile's promises
 
 
@@ -116,6 +124,24 @@ def test_every_file_that_is_copied_is_let_through() -> None:
     assert sources
     for source in sources:
         assert (ROOT / source).exists() and source.split("/")[0] in allowed, source
+
+
+def test_bake_names_stages_and_arguments_that_the_dockerfile_has() -> None:
+    """A misspelt argument is only a warning of the builder's, and the default is built."""
+    bake = (DOCKER / "docker-bake.hcl").read_text()
+    stages = re.findall(r"^FROM \S+ AS (\S+)$", dockerfile(), re.MULTILINE)
+    named = re.findall(r'^  target\s*= "(.*)"', bake, re.MULTILINE)
+    assert named and set(named) <= set(stages)
+    given = [
+        name
+        for block in re.findall(r"^  args\s*= \{(.*?)\}", bake, re.MULTILINE | re.DOTALL)
+        for name in re.findall(r"(\w+)\s*=(?!=)", block.replace("!=", ""))
+    ]
+    assert {"LOCK", "SERVE_LOCK", "REVISION", "BASE_IMAGE"} <= set(given)
+    assert set(given) <= set(re.findall(r"^ARG (\w+)", dockerfile(), re.MULTILINE))
+    targets = re.findall(r'^target "(.*)"', bake, re.MULTILINE)
+    for group in re.findall(r"targets\s*= \[(.*?)\]|inherits\s*= \[(.*?)\]", bake):
+        assert set(re.findall(r'"(.*?)"', "".join(group))) <= set(targets)
 
 
 def test_compose_hardens_every_service() -> None:
