@@ -43,7 +43,7 @@ from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
 from sparktune.ops.fused import Fused
 from sparktune.ops.numerics import cast
-from sparktune.ops.row_config import RestConfig, RowConfig
+from sparktune.ops.row_config import RowConfig
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
 
 VARIANTS = ("llama", "gemma")
@@ -84,29 +84,19 @@ def _gain(w_ptr, cols, mask, GEMMA: tl.constexpr):
 @triton.jit
 def forward_kernel(
     x_ptr, w_ptr, y_ptr, r_ptr, n, x_stride, y_stride, eps,
-    GEMMA: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    GEMMA: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: y and r. SINGLE: the row stays in registers, in a block and, where it is wider, REST more."""
+    """One row a program: y and r. SINGLE: the row fits one block and stays in registers."""
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * x_stride
     y_row = y_ptr + row * y_stride
     cols = tl.arange(0, BLOCK)
     if SINGLE:
-        mask = cols < (BLOCK if REST else n)
-        x = tl.load(x_row + cols, mask=mask, other=0.0).to(tl.float32)
-        gain = _gain(w_ptr, cols, mask, GEMMA)
-        total = tl.sum(x * x, 0)
-        if REST:
-            more = BLOCK + tl.arange(0, REST)
-            beyond = tl.load(x_row + more, mask=more < n, other=0.0).to(tl.float32)
-            gain_beyond = _gain(w_ptr, more, more < n, GEMMA)
-            total += tl.sum(beyond * beyond, 0)
-        r = tl.rsqrt(total / n + eps)
-        y = _round_like(x * r, x_ptr, GEMMA) * gain
-        tl.store(y_row + cols, cast(y, y_ptr.dtype.element_ty), mask=mask)
-        if REST:
-            y = _round_like(beyond * r, x_ptr, GEMMA) * gain_beyond
-            tl.store(y_row + more, cast(y, y_ptr.dtype.element_ty), mask=more < n)
+        x = tl.load(x_row + cols, mask=cols < n, other=0.0).to(tl.float32)
+        r = tl.rsqrt(tl.sum(x * x, 0) / n + eps)
+        h = _round_like(x * r, x_ptr, GEMMA)
+        y = h * _gain(w_ptr, cols, cols < n, GEMMA)
+        tl.store(y_row + cols, cast(y, y_ptr.dtype.element_ty), mask=cols < n)
     else:
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, n, BLOCK):
@@ -126,7 +116,7 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     dy_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, m, n, dy_stride, x_stride, rows_each,
-    GEMMA: tl.constexpr, NEED_DW: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    GEMMA: tl.constexpr, NEED_DW: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`rows_each` rows a program: dx, and this program's part of dw in its own row of dw_ptr [programs, n], fp32."""
     program = tl.program_id(0).to(tl.int64)
@@ -140,21 +130,12 @@ def backward_kernel(
         dx_row = dx_ptr + row * n
         r = tl.load(r_ptr + row)
         if SINGLE:
-            mask = cols < (BLOCK if REST else n)
+            mask = cols < n
             dy = tl.load(dy_row + cols, mask=mask, other=0.0).to(tl.float32)
             h = tl.load(x_row + cols, mask=mask, other=0.0).to(tl.float32) * r
             g = dy * _gain(w_ptr, cols, mask, GEMMA)
-            total = tl.sum(g * h, 0)
-            if REST:
-                more = BLOCK + tl.arange(0, REST)
-                gb = tl.load(dy_row + more, mask=more < n, other=0.0).to(tl.float32)
-                hb = tl.load(x_row + more, mask=more < n, other=0.0).to(tl.float32) * r
-                gb *= _gain(w_ptr, more, more < n, GEMMA)
-                total += tl.sum(gb * hb, 0)
-            along = total / n
+            along = tl.sum(g * h, 0) / n
             tl.store(dx_row + cols, cast((g - h * along) * r, dx_ptr.dtype.element_ty), mask=mask)
-            if REST:
-                tl.store(dx_row + more, cast((gb - hb * along) * r, dx_ptr.dtype.element_ty), mask=more < n)
             if NEED_DW:
                 dw += dy * _round_like(h, x_ptr, GEMMA)
         else:
@@ -188,11 +169,10 @@ def _forward(x: Tensor, weight: Tensor, eps: float, variant: str, room: int) -> 
     r = torch.empty(m, dtype=torch.float32, device=x.device)
     if m:
         flat = dispatch.rows(x)
-        config = RestConfig.choose(m, n, DeviceProperties.of(x.device))
-        c = config.rows
+        c = RowConfig.choose(m, n, DeviceProperties.of(x.device))
         dispatch.launch(
             forward_kernel, c.programs, x, flat, weight.contiguous(), y, r, n, flat.stride(0), n + room, eps,
-            GEMMA=gemma, SINGLE=c.single, BLOCK=c.block, REST=config.rest, num_warps=c.num_warps,
+            GEMMA=gemma, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
         )  # fmt: skip
     return (y[..., :n] if room else y), r
 
@@ -207,16 +187,14 @@ def _backward(
     if m == 0:
         return dx, torch.zeros_like(weight)
     flat, dy = dispatch.rows(x), dispatch.rows(dy)
-    config = RestConfig.choose(m, n, DeviceProperties.of(x.device), sums=need_dw)
-    c = config.rows
+    c = RowConfig.choose(m, n, DeviceProperties.of(x.device), sums=need_dw)
     # Wide rows add to their partial sums in memory, so those begin at zero.
     make = torch.empty if c.single else torch.zeros
     partial = make((c.programs, n) if need_dw else (1,), dtype=torch.float32, device=x.device)
     dispatch.launch(
         backward_kernel, c.programs, x, dy, flat, weight.contiguous(), r, dx, partial, m, n, dy.stride(0),
         flat.stride(0), c.rows_each,
-        GEMMA=variant == "gemma", NEED_DW=need_dw, SINGLE=c.single, BLOCK=c.block, REST=config.rest,
-        num_warps=c.num_warps,
+        GEMMA=variant == "gemma", NEED_DW=need_dw, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype) if need_dw else torch.empty_like(weight)
 
@@ -265,7 +243,7 @@ def _inputs(p: Problem) -> dict[str, Input]:
     n = p.dims["columns"]
     return {
         "x": Input((*batch, p.dims["rows"], n), p.dtype, grad=True),
-        "weight": Input((n,), p.dtype, "parameter", "frozen" not in p.dims, float(p.variant != "gemma"), spread=0.5),
+        "weight": Input((n,), p.dtype, "parameter", grad=True, centre=0.0 if p.variant == "gemma" else 1.0, spread=0.5),
     }
 
 
@@ -295,18 +273,15 @@ def _permuted(call: Any, t: Tensors, p: Problem) -> tuple[torch.Tensor, torch.Te
 
 
 def _launches(p: DeviceProperties) -> list[Launch]:
-    """Every width in bf16, those of one block in both orders; fp32 and fp16 at the widest row in registers."""
+    """Every width in bf16, in both orders; the other dtypes at the widest row that stays in registers."""
     cases = [(n, torch.bfloat16, variant) for n in RowConfig.WIDTHS for variant in VARIANTS]
-    cases += [(n, torch.bfloat16, "llama") for n in RestConfig.WIDTHS]
-    cases += [(8192, torch.float32, "gemma"), (8192, torch.float16, "llama"), (3072, torch.float32, "gemma")]
+    cases += [(8192, torch.float32, "gemma"), (8192, torch.float16, "llama")]
     found = []
     for n, dtype, variant in cases:
         ptr = f"*{TRITON_TYPES[dtype]}"
-        # As at 8192 and at powers of two where it is trained.
-        for need_dw in (None, False, True) if n != 8193 and n not in RestConfig.WIDTHS else (None, False):
-            config = RestConfig.choose(2**20, n, p, sums=bool(need_dw))
-            c = config.rows
-            flags = {"GEMMA": variant == "gemma", "SINGLE": c.single, "BLOCK": c.block, "REST": config.rest}
+        for need_dw in (None, False, True) if n != 8193 else (None, False):  # as at 8192 where it is trained
+            c = RowConfig.choose(2**20, n, p, sums=bool(need_dw))
+            flags = {"GEMMA": variant == "gemma", "SINGLE": c.single, "BLOCK": c.block}
             if need_dw is None:
                 name, where = "forward_kernel", "forward"
                 args = dict(x_ptr=ptr, w_ptr=ptr, y_ptr=ptr, r_ptr="*fp32", n="i32")
@@ -324,23 +299,11 @@ def _launches(p: DeviceProperties) -> list[Launch]:
 
 MUTANTS = Mutant.table(
     """no-eps: eps left out of the forward
-- tl.rsqrt(total / n + eps)
-+ tl.rsqrt(total / n)
+- tl.sum(x * x, 0) / n + eps)
++ tl.sum(x * x, 0) / n)
 mean-over-block: mean over the padded block instead of the row
-- tl.rsqrt(total / n + eps)
-+ tl.rsqrt(total / BLOCK + eps)
-rest-not-counted: the mean over the block alone
-- total += tl.sum(beyond * beyond, 0)
-+ total += 0.0
-rest-normalised-alone: the rest not multiplied by its own weights
-- * gain_beyond
-+ * tl.sum(gain_beyond, 0)
-rest-unprojected: the projection over the block alone
-- total += tl.sum(gb * hb, 0)
-+ total += 0.0
-rest-gradient-lost: the rest's gradient without the derivative of r
-- cast((gb - hb * along) * r,
-+ cast(gb * r,
+- tl.sum(x * x, 0) / n + eps)
++ tl.sum(x * x, 0) / BLOCK + eps)
 wide-no-eps: eps left out where the row does not fit a block
 - tl.sum(squares, 0) / n + eps)
 + tl.sum(squares, 0) / n)
@@ -410,7 +373,6 @@ OP = OpSpec(
         "typical": {"rows": 5, "columns": 192},
         "prime": {"rows": 7, "columns": 211, "room": 16},
         "batched": {"batch": 2, "rows": 3, "columns": 64, "room": 8},
-        "block and rest": {"rows": 3, "columns": 1283, "frozen": 1},
         "wide": {"rows": 3, "columns": 8209},
         "one": {"rows": 1, "columns": 1},
         "no rows": {"rows": 0, "columns": 64},

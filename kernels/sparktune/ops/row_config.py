@@ -8,7 +8,7 @@ an H100 needs to keep its memory busy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sparktune.ops.device import DeviceProperties
 from sparktune.ops.launching import cdiv
@@ -43,28 +43,3 @@ class RowConfig:
         resident = p.sm_count * max(1, min(cls.WARPS_PER_SM, p.threads_per_sm // 32) // warps)
         rows_each = cdiv(m, min(m, resident)) if sums else 1
         return cls(block, n <= block, warps, cdiv(m, rows_each), rows_each)
-
-
-@dataclass(frozen=True)
-class RestConfig:
-    """One launch of a kernel that takes a row as a block and a rest, two powers of two: `rest` is 0 where there is none."""
-
-    rows: RowConfig
-    rest: int
-
-    WIDTHS = (1280, 1536, 2560, 3072, 5120, 6144)  # one for each block and rest
-
-    @classmethod
-    def choose(cls, m: int, n: int, p: DeviceProperties, sums: bool = False) -> RestConfig:
-        """A row that fills little more than half its block takes half of it and a quarter or half as much again.
-
-        With 2560 columns in 4096 three threads in eight have none. 2048 + 512 in half the warps are 5% faster at 16384 rows
-        in both passes and 3 to 4% in forward at 1024 and backward at 4096; backward at 1024 loses 1% (one H200). Not with
-        `sums`, which fill registers.
-        """
-        rows = RowConfig.choose(m, n, p, sums)
-        half = rows.block // 2
-        if sums or not rows.single or not 0 < n - half <= half // 2 or half < RowConfig.BLOCKS[0][0]:
-            return cls(rows, 0)
-        warps = dict(RowConfig.BLOCKS)[half]
-        return cls(replace(rows, block=half, num_warps=warps), half // 4 if n - half <= half // 4 else half // 2)
