@@ -26,7 +26,6 @@ from sparktune.ops.launching import cdiv
 from sparktune.ops.numerics import cast
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Problem, Tensors
 
-
 MOST_ROWS = 65535  # a launch: the second dimension of a grid has 16 bits
 
 

@@ -49,7 +49,7 @@ from sparktune.ops.lora_packed import (
     unflatten,
     with_room,
 )  # fmt: skip
-from sparktune.ops.numerics import cast, exp, quotient
+from sparktune.ops.numerics import cast, exp, quotient, reciprocal
 from sparktune.ops.spec import FLOATS, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
 from sparktune.ops.weights import Weight
 
@@ -80,7 +80,7 @@ def plain(
 
 
 @triton.jit
-def _act(e, TANH: tl.constexpr):
+def _act(e, dtype: tl.constexpr, TANH: tl.constexpr):
     """act(e) and act'(e), as `swiglu` and `geglu` have them."""
     if TANH:
         share, slope = _through(e, True)
@@ -88,8 +88,8 @@ def _act(e, TANH: tl.constexpr):
         slope = share + e * slope
     else:
         d = 1.0 + exp(-e)
-        s = quotient(1.0, d)
-        act = quotient(e, d)
+        s = reciprocal(d)
+        act = quotient(e, d, dtype != tl.float32)
         slope = s * (1.0 + e * (1.0 - s))
     return act, slope
 
@@ -102,7 +102,7 @@ def forward_kernel(
     row, cols, mask = place(n, BLOCK)
     gate = load(gate_ptr, row, gate_stride, cols, mask)
     up = load(up_ptr, row, up_stride, cols, mask)
-    act, _ = _act(gate, TANH)
+    act, _ = _act(gate, gate_ptr.dtype.element_ty, TANH)
     store(h_ptr, row, h_stride, cols, mask, cast(act, h_ptr.dtype.element_ty).to(tl.float32) * up)
 
 
@@ -116,7 +116,7 @@ def backward_kernel(
     dh = load(dh_ptr, row, dh_stride, cols, mask)
     gate = load(gate_ptr, row, gate_stride, cols, mask)
     up = load(up_ptr, row, up_stride, cols, mask)
-    act, slope = _act(gate, TANH)
+    act, slope = _act(gate, gate_ptr.dtype.element_ty, TANH)
     store(dup_ptr, row, dup_stride, cols, mask, dh * act)
     store(dgate_ptr, row, dgate_stride, cols, mask, dh * up * slope)
     if REMAKE:
@@ -310,7 +310,7 @@ def _without_b(call: Any, t: Tensors, p: Problem) -> tuple[Tensor, Tensor]:
 
 MUTANTS = Mutant.table(
     """relu: ReLU in place of SiLU
-- act = quotient(e, d)
+- act = quotient(e, d, dtype != tl.float32)
 + act = tl.maximum(e, 0.0)
 silu-slope: SiLU's slope without that of its sigmoid
 - slope = s * (1.0 + e * (1.0 - s))
@@ -334,10 +334,10 @@ h-too-early: dh read after h is written over it
 - dh = load(dh_ptr, row, dh_stride, cols, mask)
 -     gate = load(gate_ptr, row, gate_stride, cols, mask)
 -     up = load(up_ptr, row, up_stride, cols, mask)
--     act, slope = _act(gate, TANH)
+-     act, slope = _act(gate, gate_ptr.dtype.element_ty, TANH)
 + gate = load(gate_ptr, row, gate_stride, cols, mask)
 +     up = load(up_ptr, row, up_stride, cols, mask)
-+     act, slope = _act(gate, TANH)
++     act, slope = _act(gate, gate_ptr.dtype.element_ty, TANH)
 +     store(dh_ptr, row, dh_stride, cols, mask, act * up)
 +     dh = load(dh_ptr, row, dh_stride, cols, mask)
 deu-over-eu: gradients written over the saved gate and up

@@ -24,11 +24,11 @@ class Config:
     programs: int
     tokens_each: int
 
-    # Elements of a tile, and warps, with their share of a copy's speed on one H200 at 4096 and 16384 tokens. Forward, 16 pairs
-    # a thread: a whole token where q's heads fit a tile, as 8+4 of 256 do, 81 and 88%; else groups, with 32+8 of 128 some 88
-    # and 92%. Backward as in `rope`: 94 and 97% with heads of 128, 87 and 93% with those of 256. A loop over a token's tiles
-    # of 1024 at 4 warps: forward 89 and 93% with 128, at most 80 and 85 with 256; backward 88 and 96, at most 84 and 87.
-    WHOLE, FORWARD, BACKWARD = (2048, 2), (1024, 1), (1024, 2)
+    # Elements of a tile, and warps. At 1024, 4096 and 16384 tokens (one H200), with a copy of the bytes at 8.1, 25.8 and 86.0 us:
+    # forward of 32+8 heads of 128 7.3, 26.8 and 94.8; with 1 warp 7.6, 27.3 and 97.6; a loop over a token's tiles 7.9, 26.7
+    # and 90.1. Of 8+4 of 256, copy 6.2, 16.1 and 54.7: a whole token 5.6, 17.5 and 58.0, groups 5.3, 17.4 and 60.9, the loop
+    # 6.2, 19.7 and 68.0.
+    WHOLE, FORWARD, BACKWARD = (2048, 2), (1024, 2), (1024, 2)
     SUMS = 1024, 4  # such a loop still: a program keeps the sums of dw in registers
     PROGRAMS_PER_SM = 8  # where every program leaves partial sums behind
 

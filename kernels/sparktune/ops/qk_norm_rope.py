@@ -230,6 +230,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     out, sums = (_new(q), _new(k)), needs[2] or needs[3]
     dw = backward_into(dq, dk, q, k, *out, q_weight, k_weight, cos, sin, positions, eps, variant, sums)
+    if not sums:  # nothing reads them
+        return *out, torch.empty_like(q_weight), torch.empty_like(k_weight)
     # Copies, since neither may be a view of the other's memory.
     return *out, dw[0].to(q_weight.dtype, copy=True), dw[1].to(k_weight.dtype, copy=True)
 

@@ -50,7 +50,8 @@ def forward_kernel(gate_ptr, up_ptr, y_ptr, n, gate_stride, up_stride, y_stride,
     row, cols, mask = place(n, BLOCK)
     gate = load(gate_ptr, row, gate_stride, cols, mask)
     up = load(up_ptr, row, up_stride, cols, mask)
-    h = cast(quotient(gate, 1.0 + exp(-gate)), y_ptr.dtype.element_ty).to(tl.float32)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    h = cast(quotient(gate, 1.0 + exp(-gate), dtype != tl.float32), dtype).to(tl.float32)
     store(y_ptr, row, y_stride, cols, mask, h * up)
 
 
@@ -126,16 +127,16 @@ def _exact(t: Tensors, p: Problem, slack: float) -> tuple[Tensor, Tensor]:
 
 MUTANTS = Mutant.table(
     """relu: ReLU in place of SiLU
-- cast(quotient(gate, 1.0 + exp(-gate)),
+- cast(quotient(gate, 1.0 + exp(-gate), dtype != tl.float32),
 + cast(tl.maximum(gate, 0.0),
 sigmoid-sign: sigmoid of minus the gate
-- quotient(gate, 1.0 + exp(-gate))
-+ quotient(gate, 1.0 + exp(gate))
+- quotient(gate, 1.0 + exp(-gate),
++ quotient(gate, 1.0 + exp(gate),
 gelu: the sigmoid form of GELU
-- quotient(gate, 1.0 + exp(-gate))
-+ quotient(gate, 1.0 + exp(-1.702 * gate))
+- quotient(gate, 1.0 + exp(-gate),
++ quotient(gate, 1.0 + exp(-1.702 * gate),
 unrounded: silu not rounded before the product
-- h = cast(quotient(gate, 1.0 + exp(-gate)), y_ptr.dtype.element_ty)
+- h = cast(quotient(gate, 1.0 + exp(-gate), dtype != tl.float32), dtype)
 + h = quotient(gate, 1.0 + exp(-gate))
 swapped: the product with the gate instead of up
 - cols, mask, h * up)

@@ -65,7 +65,7 @@ def _product(gate, up, limit, alpha, dtype: tl.constexpr):
     u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     u = cast(u + 1.0, dtype).to(tl.float32)
     t = cast(e * alpha, dtype).to(tl.float32)
-    s = cast(quotient(1.0, 1.0 + exp(-t)), dtype).to(tl.float32)
+    s = cast(quotient(1.0, 1.0 + exp(-t), dtype != tl.float32), dtype).to(tl.float32)
     h = cast(e * s, dtype).to(tl.float32)
     return u * h
 
@@ -253,7 +253,7 @@ silu: alpha left out of the sigmoid
 - t = cast(e * alpha, dtype).to(tl.float32)
 + t = e
 sigmoid-unrounded: the sigmoid not rounded before its product
-- s = cast(quotient(1.0, 1.0 + exp(-t)), dtype).to(tl.float32)
+- s = cast(quotient(1.0, 1.0 + exp(-t), dtype != tl.float32), dtype).to(tl.float32)
 + s = quotient(1.0, 1.0 + exp(-t))
 argument-unrounded: alpha times the gate not rounded
 - t = cast(e * alpha, dtype).to(tl.float32)
