@@ -45,6 +45,16 @@ def test_merged_weights_are_rounded_once_from_fp32(base, adapter, tmp_path):
     assert (done.tensors, done.merged) == (len(before), 14)
 
 
+def test_an_update_is_made_where_the_weight_lies(adapter):
+    """A model on a GPU takes an adapter's file that was read on the CPU; no GPU here, so the device without memory."""
+    saved = Adapter.read(adapter)
+    name = next(iter(saved.pairs))
+    a, b = saved.pairs[name]
+    weight = torch.empty(b.shape[0], a.shape[1], device="meta")
+    assert saved.apply(f"{name}.weight", weight).device.type == "meta"
+    assert saved.used == {f"{name}.weight"}
+
+
 def test_merged_agrees_with_peft(base, adapter, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

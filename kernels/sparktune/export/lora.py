@@ -101,7 +101,7 @@ class Adapter:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """`weight` in fp32 with its update, or what replaces it, if it has one; otherwise as it came.
+        """`weight` in fp32, where it lies, with its update, or what replaces it, if it has one; otherwise as it came.
 
         `name` is the base's (after `check_fits`) or, of a linear layer, PEFT's.
         """
@@ -113,10 +113,10 @@ class Adapter:
                     "Give the base model that the adapter was trained on; added tokens are not merged here.",
                 )
             self.used.add(name)
-            return self.whole[place.source]
+            return self.whole[place.source].to(weight.device)
         if place.source not in self.pairs:
             return weight
-        a, b = self.pairs[place.source]
+        a, b = (t.to(weight.device) for t in self.pairs[place.source])
         if place.source in self.embeddings:
             a, b = b.T, a.T
         merged = place.merge(weight, a, b, self.scale(place.source, place.experts, place.parameter), name)
