@@ -70,12 +70,15 @@ def varlen_like_flash(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size=(
     return out
 
 
-def flex_like_pytorch(q, k, v, score_mod, block_mask, scale, enable_gqa, return_aux=None):
-    """What flex_attention documents, since it has no backward on a CPU."""
+def flex_like_pytorch(q, k, v, score_mod, block_mask, scale, enable_gqa, kernel_options, return_aux=None):
+    """What flex_attention documents, since it has no backward on a CPU; and where it has no kernel on a GPU."""
     from types import SimpleNamespace
 
     share = q.shape[1] // k.shape[1]
     assert enable_gqa == (share > 1)
+    decodes = q.shape[2] < 128 and kernel_options.get("BACKEND", "AUTO") == "AUTO"
+    rows = 1 << (q.shape[2] * share - 1).bit_length()
+    assert not decodes or 128 % max(rows, 16) == 0, "NoValidChoicesError"
     i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :]
     zero = torch.zeros((), dtype=torch.int64)
     score = q @ k.repeat_interleave(share, 1).transpose(-1, -2) * scale
@@ -187,6 +190,17 @@ def test_sinks_and_soft_caps_by_the_log_sum_exp(device, monkeypatch):
     close(*out)
     for a, b in zip(*(torch.autograd.grad(o.sum(), (q, k, v, sinks)) for o in out), strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 64, 66, 127, 128, 130])
+def test_a_few_soft_capped_tokens_compile_too(tokens, device, monkeypatch):
+    """A prompt of 66 tokens through Gemma 2, two heads of q for each of k: FlexAttention's kernel for decoding has no block."""
+    if not GPU:
+        monkeypatch.setattr(backends, "_flex", lambda: (flex_like_pytorch, flex_like_pytorch, True))
+    with torch.no_grad():
+        q, k, v = (t.detach() for t in tensors(device=device, tokens=tokens))
+        options = backends.Asked(True, 0.25, None, 3.0)
+        close(*(backends.run(b, 1, q, k, v, options, None, None, None, None) for b in ("flex", "math")))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

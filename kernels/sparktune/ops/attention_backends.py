@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 PART = 2**26  # elements of a mask that is made at a time
+FLEX_BLOCK = 128  # queries of a block of FlexAttention's mask
 
 
 @dataclass(frozen=True)
@@ -290,6 +291,15 @@ def _block_mask(a: Asked, queries: int, keys: int, device: torch.device, documen
 _block_mask_of_lengths = functools.lru_cache(maxsize=32)(_block_mask)
 
 
+def flex_options(queries: int, share: int) -> dict[str, str]:
+    """FlexAttention's kernel options for `queries` tokens, `share` heads of q for each of k.
+
+    Below 128 queries PyTorch (2.11 to 2.14 at least) takes its kernel for decoding, in blocks of the next power of two of
+    queries times heads, and fails to compile (NoValidChoicesError) where such a block passes its mask's 128.
+    """
+    return {"BACKEND": "TRITON"} if queries < FLEX_BLOCK < queries * share else {}
+
+
 def flex(q: Tensor, k: Tensor, v: Tensor, a: Asked, sinks: Tensor | None, cu: Tensor | None) -> Tensor:
     """FlexAttention: soft-capped scores, and sinks by the log-sum-exp, to which the sinks' gradient flows."""
     compiled, eager, aux = _flex()
@@ -304,7 +314,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, a: Asked, sinks: Tensor | None, cu: Te
         options = {"return_aux": module.AuxRequest(lse=True)} if aux else {"return_lse": True}
     found = function(
         *(t.transpose(1, 2) for t in (q, k, v)), score_mod=None if a.softcap is None else _capped(a.softcap),
-        block_mask=block_mask, scale=a.scale, enable_gqa=q.shape[2] != k.shape[2], **options,
+        block_mask=block_mask, scale=a.scale, enable_gqa=q.shape[2] != k.shape[2],
+        kernel_options=flex_options(q.shape[1], q.shape[2] // k.shape[2]), **options,
     )  # fmt: skip
     if sinks is None:
         return found.transpose(1, 2)  # type: ignore[no-any-return]
