@@ -170,9 +170,9 @@ scaled-gradient: gradient of up 1% too large
 + dup = dy * gate * s * 1.01
 up-stride: up read with the gate's stride
 - load(up_ptr, row, up_stride, cols, mask)
--     h =
+-     dtype
 + load(up_ptr, row, gate_stride, cols, mask)
-+     h =
++     dtype
 dy-stride: output gradient read as if it were contiguous
 - load(dy_ptr, row, dy_stride, cols, mask)
 + load(dy_ptr, row, n, cols, mask)
