@@ -90,6 +90,24 @@ def rows(result):
     return {a.name: a for a in result.assertions}
 
 
+class WithoutAgain(InProcess):
+    """Where the process after the training ends badly."""
+
+    def spawn(self, entry, payload, *, case, phase, timeout_s, env=None):
+        if phase == "again":
+            return Outcome(status="died", returncode=-9, log="again.log", duration_s=1.5)
+        return super().spawn(entry, payload, case=case, phase=phase, timeout_s=timeout_s, env=env)
+
+
+def test_what_was_measured_is_kept_when_a_later_process_dies(model, talk, tmp_path):
+    context = WithoutAgain(tmp_path / "run", Facts.model_construct(), tmp_path / "cache", 0.5)
+    result = train.run(make_case(model, talk, "train/tiny[engine=hf]", engine="hf", steps=8), context)
+    assert result.verdict is Verdict.FAILED and "again died" in result.reason
+    assert {"tokens_per_s", "step_p50_ms"} <= {m.name for m in result.measurements}
+    assert len(result.evidence["loss"]) == 8 and result.evidence["subject"]["engine"] == "hf"
+    assert result.evidence["seconds of phases"]["again"] == 1.5
+
+
 @pytest.mark.parametrize("engine", ["hf", "sparktune"])
 def test_a_tiny_model_learns_and_every_rule_was_applied(learnt, engine):
     result = learnt[2][engine]

@@ -13,12 +13,14 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 _stage: list[str] = []
+_began = time.monotonic()
 
 
 @contextlib.contextmanager
@@ -33,7 +35,8 @@ def under_test(stage: str) -> Iterator[None]:
 
 
 def progress(text: str) -> None:
-    """Tell the parent what is going on: shown live, never judged."""
+    """Tell the parent what is going on: shown live, never judged. The log has it with the seconds since the start."""
+    print(f"[{time.monotonic() - _began:6.1f} s] {text}", flush=True)
     target = os.environ.get("SPARKPROOF_PROGRESS")
     if target:
         with contextlib.suppress(OSError), open(target, "a", encoding="utf-8") as f:

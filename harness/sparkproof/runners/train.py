@@ -64,6 +64,7 @@ class Training:
     scenario: TrainScenario
     deadline: float
     folder: Path = field(init=False)
+    seconds: dict[str, float] = field(default_factory=dict)  # of each phase that ended
 
     def __post_init__(self) -> None:
         self.folder = self.context.case_dir(self.case)
@@ -90,6 +91,7 @@ class Training:
             timeout_s=max(1.0, self.deadline - time.monotonic()),
             env=ENVIRONMENT,
         )
+        self.seconds[name] = round(outcome.duration_s, 1)
         if outcome.status != "ok":
             raise PhaseFailed(name, outcome)
         if "user_error" in outcome.result:
@@ -159,13 +161,19 @@ def _train_and_judge(t: Training) -> CaseResult:
     ran, outcome = t.phase("train", "train")
     if ran.get("untrainable"):
         return _untrainable(t, ran)
-    again, _ = t.phase("again", "again", gradients=folder / "gradients")
-    own: Gradients = again["gradients"]
-    if s.engine == "hf":
-        plain = {name.removeprefix("plain-"): g for name, g in own.items() if name.startswith("plain-")}
-        agreed = parity(own, plain, "plain PyTorch over the same weights")
-    else:
-        agreed = parity(own, t.reference(), "hf")
+    measured = measurements(s, ran, outcome.peak_rss_gib, outcome.machine_gib)
+    try:
+        again, _ = t.phase("again", "again", gradients=folder / "gradients")
+        own: Gradients = again["gradients"]
+        if s.engine == "hf":
+            plain = {name.removeprefix("plain-"): g for name, g in own.items() if name.startswith("plain-")}
+            agreed = parity(own, plain, "plain PyTorch over the same weights")
+        else:
+            agreed = parity(own, t.reference(), "hf")
+    except PhaseFailed as failure:  # what was measured until then is not lost with it
+        return _failed(t.case, failure).model_copy(
+            update={"measurements": measured, "evidence": _run_evidence(t, ran), "mode": ran["ran"]["mode"]}
+        )
     assertions = gate.judge(s, Evidence(ran, again, agreed))
     mode = ran["ran"]["mode"]
     canaries = ran["canaries"]
@@ -183,9 +191,9 @@ def _train_and_judge(t: Training) -> CaseResult:
         reason=reason,
         next_step=_next_step(assertions, t),
         assertions=assertions,
-        measurements=measurements(s, ran, outcome.peak_rss_gib, outcome.machine_gib),
+        measurements=measured,
         notices=_notices(s, mode, again, ran["work"].get("why_not", "")),
-        evidence=_evidence(t, ran, again, agreed),
+        evidence=_run_evidence(t, ran) | _evidence(ran, again, agreed),
         mode=mode,
         output_tail=outcome.output_tail if verdict is not Verdict.PASSED else "",
         artifacts={"adapter": str(t.adapter.relative_to(t.context.run_dir))},
@@ -232,22 +240,25 @@ def _write_account(t: Training, ran: dict[str, Any]) -> None:
     write_json(t.adapter / "train.json", account)
 
 
-def _evidence(t: Training, ran: dict[str, Any], again: dict[str, Any], agreed: dict[str, Any]) -> dict[str, Any]:
-    closest = Evidence(ran, again, agreed).closest[1]
+def _run_evidence(t: Training, ran: dict[str, Any]) -> dict[str, Any]:
+    """What the training itself shows."""
     keys = ("loss", "grad_norm", "canary_before", "canary_after", "held_out_before", "held_out_after", "lora", "data")
     return {
         "subject": _subject(t, ran),
         **{key: ran[key] for key in keys},
-        "repeat": again["repeat"],
-        "fed": closest["fed"],
-        "merged": closest["merged"],
-        "parity": agreed,
         "patches": ran["ran"]["patches"],
         "watermarks": ran["ran"]["watermarks"],
         "base": {k: v for k, v in ran["pretrained"].items() if k != "path"},
         "versions": ran["versions"],
+        "seconds of phases": dict(t.seconds),
         **({"canaries": ran["canaries"], "while it ran": ran["during"]} if ran["canaries"].get("before") else {}),
     }
+
+
+def _evidence(ran: dict[str, Any], again: dict[str, Any], agreed: dict[str, Any]) -> dict[str, Any]:
+    """What the processes after it show."""
+    closest = Evidence(ran, again, agreed).closest[1]
+    return {"repeat": again["repeat"], "fed": closest["fed"], "merged": closest["merged"], "parity": agreed}
 
 
 def _notices(s: TrainScenario, mode: str, again: dict[str, Any], why_no_work: str) -> list[str]:
