@@ -14,10 +14,11 @@ from rich.console import Console
 from sparkproof.checks.catalogue import CATALOGUE, TOPICS
 from sparkproof.cli import app
 from sparkproof.cli.doctor import catalogue, doctor, facts
+from sparkproof.cli.doctor_view import summary
 from sparkproof.errors import UserError
 from sparkproof.facts.collect import load
 from sparkproof.facts.model import Facts
-from sparkproof.facts.toolchain import Bitsandbytes
+from sparkproof.facts.toolchain import Bitsandbytes, Torch, Triton
 from sparkproof.report.verdict import NOT_FOR_TARGET
 from sparkproof.results import ReasonClass, Verdict
 from sparkproof.runners.base import Context
@@ -97,6 +98,17 @@ def test_json(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert bool(errors) is bool(code)
     assert all(f["evidence"] and f["cause"] and f["source"] for f in document["findings"])
     assert {c["state"] for c in document["checks"]} <= {"ok", "found", "not applicable", "not read"}
+
+
+def test_what_did_not_answer_is_not_said_to_be_missing() -> None:
+    facts = load(recorded("gb10_healthy"))
+    rows = dict(summary(facts))
+    assert rows["torch"].startswith("2.") and ", CUDA 13" in rows["torch"]
+    late = "torch stopped while it was imported: no answer within 40 s"
+    gone = "import torch: ModuleNotFoundError: torch"
+    for error, said in ((late, f"not read: {late}"), (gone, "not there")):
+        asked = facts.model_copy(update={"torch": Torch(error=error), "triton": Triton(error=error)})
+        assert (dict(summary(asked))["torch"], dict(summary(asked))["triton"]) == (said, said)
 
 
 def test_one_topic() -> None:

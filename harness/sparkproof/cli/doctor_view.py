@@ -55,9 +55,11 @@ def summary(facts: Facts) -> list[tuple[str, str]]:
     memory = f"{_gib(m.available_gib)} available of {_gib(m.total_gib)}"
     if m.cuda_free_gib is not None:
         memory += f"; CUDA calls {_gib(m.cuda_free_gib)} free"
-    torch = f"{f.torch.version or 'not there'}, {'CUDA ' + f.torch.cuda if f.torch.cuda else 'no CUDA'}"
+    torch = _library(f.torch.version, f.torch.error)
+    if f.torch.version:
+        torch += f", {'CUDA ' + f.torch.cuda if f.torch.cuda else 'no CUDA'}"
     live = next((p for p in f.triton.ptxas if p.path == f.triton.live_ptxas), None)
-    triton = f.triton.version or "not there"
+    triton = _library(f.triton.version, f.triton.error)
     if live is not None:
         triton += f", {Path(live.path).name} {live.version}, sm_121a {'known' if live.knows_sm_121a else 'unknown'}"
     rows = [("system", (system or "not read") + place)]
@@ -89,6 +91,13 @@ def summary(facts: Facts) -> list[tuple[str, str]]:
         ("hub", hub[f.network.hub_reachable]),
     ]
     return rows
+
+
+def _library(version: str | None, error: str | None) -> str:
+    """Its version; one that is installed and did not answer is not said to be missing."""
+    if version:
+        return version
+    return f"not read: {error}" if error and "ModuleNotFoundError" not in error else "not there"
 
 
 def _load(f: Facts) -> str:
