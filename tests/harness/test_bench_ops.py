@@ -174,6 +174,8 @@ def test_the_guard_refuses_wrong_outputs_and_wrong_gradients() -> None:
     with pytest.raises(guard.WrongResult, match="outputs"):
         guard.check(guard.Right((), None), right)
     nan = guard.Right((right.outputs[0] * float("nan"),), right.gradient)
+    assert guard.finite(right) and not guard.finite(nan)
+    assert not guard.finite(guard.Right(right.outputs, torch.tensor([float("inf")])))
     with pytest.raises(guard.WrongResult, match="inf"):
         guard.check(nan, right)
 

@@ -6,9 +6,10 @@ under autocast. Bytes count every tensor once, read or written. A bare GEMM of a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -192,6 +193,22 @@ def _linear_cross_entropy(row: Row, device: torch.device) -> Case:
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def quantising(device: torch.device) -> Iterator[None]:
+    """Within, the device's first stream is current, and no other works.
+
+    bitsandbytes (0.50) quantises there whatever stream is current, unlike it dequantises, and does not wait for the one
+    that made the weights or their mean: one run's codes in 40 were of other weights.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(torch.cuda.default_stream(device)):
+        yield
+    torch.cuda.synchronize(device)
+
+
 def _dequantize(row: Row, device: torch.device) -> Case:
     import bitsandbytes.functional as bnb
 
@@ -200,9 +217,8 @@ def _dequantize(row: Row, device: torch.device) -> Case:
     @functools.cache  # nobody writes to them, and every engine is to read the very same codes
     def make(index: int) -> Inputs:
         w = _randn(device, index, n, k, spread=k**-0.5)
-        packed, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # w's memory is given back here, whichever stream still reads it
+        with quantising(device):
+            packed, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
         return {"packed": packed, "state": state}
 
     size = n * k // 2 + n * k // 64 + 4 * (n * k // 64 // 256) + 2 * n * k
@@ -231,7 +247,8 @@ class Projections(nn.Module):
             )
             w = _randn(device, 50 + j, n, k, spread=k**-0.5)
             params: Any = bnb.nn.Params4bit(w, requires_grad=False, compress_statistics=True, quant_type="nf4")
-            layer.weight = params.to(device)  # which quantises
+            with quantising(device):
+                layer.weight = params.to(device)
             setattr(self, f"{name}_proj", layer)
         rank = shapes().rank
         names = [f"{name}_proj" for name in linears]

@@ -79,6 +79,12 @@ def distance(got: Tensor, want: Tensor) -> float:
     return found if found == found else float("inf")
 
 
+def finite(right: Right) -> bool:
+    """Whether every output and the gradient is."""
+    every = right.outputs if right.gradient is None else (*right.outputs, right.gradient)
+    return all(bool(t.isfinite().all()) for t in every)
+
+
 def check(right: Right, reference: Right) -> tuple[float, float | None]:
     """(worst output's, gradient's) relative L2. Errors: WrongResult past the bound."""
     if len(right.outputs) != len(reference.outputs):

@@ -92,6 +92,8 @@ class Bench:
             from sparkproof.bench.engines import hf
 
             reference = guard.run(case, case.reference or hf.BUILDERS[op](case))
+            if not guard.finite(reference):
+                reference, why = None, "the reference itself is not finite"
         except Exception as e:
             why = f"the reference itself failed: {_said(e)}"
         for name in self.names:
