@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import report_sample as sample
+from sparkproof import session as sessions
 from sparkproof.cli import app
 from sparkproof.errors import UserError
 from sparkproof.judge import selftest_memory
 from sparkproof.measure import baseline, memory
+from sparkproof.scenario import Case, ComparisonScenario, Profile
+from sparkproof.session import RunSession
 from typer.testing import CliRunner
 
 MIB = 2**20
@@ -127,10 +133,8 @@ def test_only_a_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read is not None and read() == 42.0
 
 
-def test_a_case_after_memory_that_is_gone_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from sparkproof import session as sessions
-    from sparkproof.scenario import Case, ComparisonScenario, Profile
-
+def session_and_timed_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[RunSession, Case]:
+    """On a Spark, with a runner that passes at once."""
     body = {"kind": "comparison", "summary": "a timed case of a test", "shape": "tiny"}
     timed = Case(name="comparison/x", file="x.yaml", scenario=ComparisonScenario.model_validate(body))
     (tmp_path / "scenarios").mkdir()
@@ -138,11 +142,26 @@ def test_a_case_after_memory_that_is_gone_says_so(monkeypatch: pytest.MonkeyPatc
         run_dir=tmp_path, scenarios=tmp_path / "scenarios", profile=Profile.SMOKE, cache_dir=tmp_path / "cache",
         facts=sample.spark(),
     )  # fmt: skip
+    monkeypatch.setattr(sessions, "runner", lambda kind: lambda case, context: sample.case(case.name, "comparison"))
+    return RunSession(settings), timed
+
+
+def test_a_case_takes_no_longer_for_waiting_until_it_may_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @contextlib.contextmanager
+    def late(exclusive: bool) -> Iterator[None]:
+        time.sleep(0.5)
+        yield
+
+    session, timed = session_and_timed_case(monkeypatch, tmp_path)
+    monkeypatch.setattr(sessions, "machine_lock", late)
+    assert session.run(timed).duration_s < 0.4
+
+
+def test_a_case_after_memory_that_is_gone_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     free = iter((110.0, 110.0, 40.0))
     monkeypatch.setattr(baseline, "available_gib", lambda: next(free))
     monkeypatch.setattr(baseline, "WAIT_S", 0.0)
     monkeypatch.setattr(baseline.wait, "__defaults__", (0.0, lambda s: None))
-    monkeypatch.setattr(sessions, "runner", lambda kind: lambda case, context: sample.case(case.name, "comparison"))
-    session = sessions.RunSession(settings)
+    session, timed = session_and_timed_case(monkeypatch, tmp_path)
     assert session.run(timed).notices == []
     assert "40.0 of 110.0 GiB were available" in session.run(timed).notices[0]
