@@ -38,7 +38,7 @@ def exp(x):
 
 @triton.jit
 def quotient(a, d, NARROW: tl.constexpr = False):
-    """a / d of fp32 for 1 <= d <= Inf, rounded as IEEE 754 wants it, without a branch.
+    """a / d of fp32 for 1 <= d <= Inf, rounded as IEEE 754 wants it (below |a| = 2**-100 to one step), without a branch.
 
     `div.rn` jumps to a slow path where its fast one fails, one element after the other. This is its fast path, which
     for such d fails only where d or a is infinite: there a times 1 / d is right, and what corrects it is no number. d
