@@ -117,6 +117,11 @@ def lora_step() -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    # A product with 8 columns, as LoRA's are, came out wrong in an emulator whose vectors have 512 bits.
+    x, a = torch.randn(2, 32, 64), torch.randn(8, 64)
+    wrong = (torch.nn.functional.linear(x, a).double() - x.double() @ a.double().T).abs().max().item()
+    assert wrong < 1e-4, f"torch multiplies wrongly: off by {wrong}"
+
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
