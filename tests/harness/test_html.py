@@ -90,6 +90,20 @@ def test_the_answer_comes_first_then_findings_then_the_rest(tmp_path: Path) -> N
     assert places == sorted(places), list(zip(parts, places, strict=True))
 
 
+def test_each_reason_of_a_skip_is_said_once_above_the_cases(tmp_path: Path) -> None:
+    why = {
+        "environment/a": "no model is here",
+        "environment/b": "one machine by itself",
+        "environment/c": "no model is here",
+    }
+    results = [
+        case(n, "environment", Verdict.SKIPPED, reason=r, reason_class=ReasonClass.PLATFORM) for n, r in why.items()
+    ]
+    text = words(page(tmp_path, results))
+    table = text[text.index("Not run, and why") : text.index("What was measured")]
+    assert table.count("no model is here") == table.count("one machine by itself") == 1
+
+
 def test_a_good_run_has_nothing_to_do(tmp_path: Path) -> None:
     text = words(page(tmp_path, good_results()))
     assert "VALIDATED: NVIDIA GB10" in text and "NOT VALIDATED" not in text and "What went wrong" not in text
