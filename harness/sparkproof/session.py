@@ -61,7 +61,7 @@ class RunSession:
         self.catalog = catalog.load(settings.scenarios, settings.overrides)
         self._read = baseline.reader(settings.facts)
         self._before: float | None = None
-        self._waited = 0.0
+        self._began = 0.0  # of the case that runs, since it might
         self.context = Context(
             run_dir=settings.run_dir.resolve(),  # children and tools get absolute paths, wherever they run
             facts=settings.facts,
@@ -81,15 +81,14 @@ class RunSession:
     def run(self, case: Case) -> CaseResult:
         """Match, lock, run, and finish the result; never raises but for Ctrl-C."""
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        clock = time.monotonic()
-        self._waited = 0.0
+        self._began = time.monotonic()
         self._own()
         result = self._run(case)
         if result.verdict is Verdict.PASSED and not result.assertions:
             result.verdict, result.reason = Verdict.BROKEN, "The case asserted nothing."
         if result.verdict is Verdict.SKIPPED and result.reason_class is None:
             result.verdict, result.reason = Verdict.BROKEN, f"Skipped without a reason class: {result.reason}"
-        result.started, result.duration_s = started, round(time.monotonic() - clock - self._waited, 3)
+        result.started, result.duration_s = started, round(time.monotonic() - self._began, 3)
         result.rerun = rerun_command(case.name, self.settings)
         return result
 
@@ -134,9 +133,8 @@ class RunSession:
             )
         heavy = case.kind != "environment"
         try:
-            asked = time.monotonic()
             with machine_lock(exclusive=case.scenario.timed) if heavy else nullcontext():
-                self._waited = time.monotonic() - asked  # for others' cases, which is no time of this one
+                self._began = time.monotonic()  # waiting for others' cases is no time of this one
                 returned = self._memory_returned() if heavy and case.scenario.timed else None
                 result = runner(case.kind)(case, self.context)
                 if returned is not None and returned.notice:

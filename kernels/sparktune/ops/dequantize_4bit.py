@@ -180,8 +180,8 @@ class Config:
         """A tile of 2048 bytes of codes, which no block exceeds; `rows` as the kernel's ROWS.
 
         2 warps, not 4: 41.4 us for 43.1 in one row of elements, 42.1 for 47.2 in rows with room, of gate's weight of
-        Llama-3.1-8B (one H200). Blocks of 512 and more spill with 2 on
-        sm_12x; those that run across the ends of rows with 4, in fp32.
+        Llama-3.1-8B (one H200). Blocks of 512 and more spill with 2 on sm_12x; those that run across the ends of rows with
+        4, in fp32.
         """
         return cls(2 * cls.TILE // blocksize, 8 if rows == 2 else 2 if blocksize < 512 else 4)
 

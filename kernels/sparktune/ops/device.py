@@ -23,6 +23,11 @@ class DeviceProperties:
     l2_bytes: int
     capability: int  # 10 * major + minor; 0 is the interpreter's
 
+    @property
+    def sm_10x(self) -> bool:
+        """Whether it is a Blackwell with tensor memory, whose compiler spills elsewhere than others'."""
+        return self.capability // 10 == 10
+
     @classmethod
     def of(cls, device: torch.device) -> DeviceProperties:
         """Properties of a CUDA device; for a CPU tensor those of the interpreter's imaginary device."""

@@ -168,7 +168,6 @@ class Config:
     PROGRAMS = (
         3  # at least, so that tiles of several programs meet where one multiprocessor is all there is, as interpreted
     )
-    TENSOR_MEMORY = 10  # major: accumulators come back from it for the low rank, and 256 columns spill 520 bytes
 
     @classmethod
     def choose(cls, m: int, experts: int, n: int, dtype: torch.dtype, step: int, p: DeviceProperties) -> Config:
@@ -181,14 +180,15 @@ class Config:
         each = m / max(1, experts)
         if dtype == torch.float32 or step == 1:
             rows, cols, depth, warps = (16 if each <= 16 else 64), 64, 32, 4
-            if step == 1 and p.capability // 10 == cls.TENSOR_MEMORY:
+            if step == 1 and p.sm_10x:
                 warps = 8  # operands loaded one by one spill 40 bytes with 4
         elif n <= 64:
             rows, cols, depth, warps = (16 if each <= 16 else 64), max(16, next_power_of_2(n)), 128, 4
         elif each <= 64:
             rows, cols, depth, warps = (16 if each <= 16 else 64), 128, 64, 4
         else:
-            wide = p.shared_memory_per_block >= cls.LARGE and p.capability // 10 != cls.TENSOR_MEMORY
+            # On sm_10x accumulators come back from tensor memory for the low rank, and 256 columns spill 520 bytes.
+            wide = p.shared_memory_per_block >= cls.LARGE and not p.sm_10x
             rows, cols, depth, warps = 128, 256 if wide else 128, 64, 8
         stage = (rows + cols) * depth * dtype.itemsize
         stages = max(2, min(cls.STAGES, p.shared_memory_per_block // stage))

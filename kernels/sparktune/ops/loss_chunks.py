@@ -154,7 +154,6 @@ class Config:
     TILES = 16  # waves of 128 x 256 tiles of the logits' product: the last, partly empty one is then under 1 / 16
     PLAN_BLOCK = 1024
     SMALL = 2048  # columns up to which a warp is enough
-    SM100 = 10  # major
 
     @classmethod
     def choose(cls, rows: int, v: int, itemsize: int, trained: bool, chunk: int, p: DeviceProperties) -> Config:
@@ -170,14 +169,13 @@ class Config:
         chunk = max(1, min(chunk, rows))
         # Rows at work stay in L2: 4 programs of 8 warps for an SM where so many rows fit, else one of 32, of 64
         # registers a thread. One load of 16 bytes a thread, since two spill; but where an SM takes 2048 threads ptxas would
-        # halve the registers for a second block of 32 warps, and spills with one load instead, except on sm_100. There
+        # halve the registers for a second block of 32 warps, and spills with one load instead, except on sm_10x. There
         # fp32's loop spills 16 bytes at 8 warps, for which ptxas makes room four times, and fits 16.
         each = 4 if 4 * p.sm_count * v * itemsize <= 0.7 * p.l2_bytes else 1
         warps = 1 if v <= cls.SMALL else 8 if each == 4 else 32
-        sm100 = p.capability // 10 == cls.SM100
-        if warps == 8 and itemsize == 4 and sm100:
+        if warps == 8 and itemsize == 4 and p.sm_10x:
             warps = 16
-        loads = 2 if warps == 32 and itemsize == 2 and p.threads_per_sm >= 2048 and not sm100 else 1
+        loads = 2 if warps == 32 and itemsize == 2 and p.threads_per_sm >= 2048 and not p.sm_10x else 1
         return cls(chunk, 32 * warps * loads, warps, min(chunk, each * p.sm_count))
 
 

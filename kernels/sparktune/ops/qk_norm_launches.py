@@ -28,7 +28,7 @@ class Config:
     # forward of 32+8 heads of 128 7.3, 26.8 and 94.8; with 1 warp 7.6, 27.3 and 97.6; a loop over a token's tiles 7.9, 26.7
     # and 90.1. Of 8+4 of 256, copy 6.2, 16.1 and 54.7: a whole token 5.6, 17.5 and 58.0, groups 5.3, 17.4 and 60.9, the loop
     # 6.2, 19.7 and 68.0.
-    WHOLE, FORWARD, BACKWARD = (2048, 2), (1024, 2), (1024, 2)
+    WHOLE, GROUPS = (2048, 2), (1024, 2)
     SUMS = 1024, 4  # such a loop still: a program keeps the sums of dw in registers
     PROGRAMS_PER_SM = 8  # where every program leaves partial sums behind
 
@@ -46,7 +46,7 @@ class Config:
         heads = RopeConfig.choose(*of, *cls.WHOLE)
         if way == "forward" and heads.q_tile >= q_heads and heads.k_tile >= k_heads:
             return cls(heads, True, tokens, 1)
-        heads = RopeConfig.choose(*of, *(cls.FORWARD if way == "forward" else cls.BACKWARD))
+        heads = RopeConfig.choose(*of, *cls.GROUPS)
         return cls(heads, False, tokens * heads.groups(q_heads, k_heads), 1)
 
     def constants(self, rotary: int, head_dim: int) -> dict[str, Any]:
