@@ -85,6 +85,12 @@ def test_a_case_that_is_skipped_now_is_no_pass(tmp_path):
     assert compare(*runs(tmp_path, [train()], [skipped])).exit_code == 1
 
 
+def test_two_runs_that_skipped_everything_are_not_equal(tmp_path):
+    skipped = train(verdict=Verdict.SKIPPED, reason_class=ReasonClass.NETWORK, reason="no hub", mode="")
+    found = compare(*runs(tmp_path, [skipped], [skipped]))
+    assert found.exit_code == 2 and "none, all were skipped" in comparing.text(found)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [

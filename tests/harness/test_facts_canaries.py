@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
 
 import pytest
@@ -65,6 +66,8 @@ def device(monkeypatch: Patch) -> None:
     monkeypatch.setattr(canaries_child, "GEMV_SHAPE", (1024, 2048))
     monkeypatch.setattr(canaries_child, "GEMM_SIZE", 256)
     monkeypatch.setattr(canaries_child, "LOAD_S", 0.05)
+    monkeypatch.setattr(canaries_child, "WARM_S", 0.0)
+    monkeypatch.setattr(canaries_child, "IN_A_ROW", 1)
 
 
 def test_canaries_count_bytes_and_operations(device: None, capsys: Capture) -> None:
@@ -75,6 +78,17 @@ def test_canaries_count_bytes_and_operations(device: None, capsys: Capture) -> N
     assert found["gemm_tflops"] == 0.8, "fifty products between two events"
     assert found["load_clock_mhz"] == 2405 and found["load_temperature_c"] == 62
     assert found["load_throttle_reasons"] == ["software thermal slowdown"] and "load_power_w" not in found
+
+
+def test_calls_are_timed_in_rows_after_a_warm_up_by_time(device: None, monkeypatch: Patch) -> None:
+    """An idle GPU's clock rises in tens of milliseconds, and a launch takes longer than a short product."""
+    monkeypatch.setattr(canaries_child, "WARM_S", 0.05)
+    monkeypatch.setattr(canaries_child, "IN_A_ROW", 4)
+    calls: list[float] = []
+    first = time.perf_counter()
+    assert canaries_child.timed_ms(torch, lambda: calls.append(time.perf_counter()), 3) == 2.0 / 4
+    assert sum(t - first >= 0.05 for t in calls) >= 12, "what is timed comes after the warm-up"
+    assert len(calls) % 4 == 0
 
 
 def test_canaries_keep_away_from_the_floor(device: None, monkeypatch: Patch, capsys: Capture) -> None:

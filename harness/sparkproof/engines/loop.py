@@ -67,13 +67,16 @@ def forward_backward(model: nn.Module, batch: Batch, spec: LoadSpec) -> float:
 
 
 def token_losses(model: nn.Module, batch: Batch, spec: LoadSpec) -> list[float]:
-    """Cross entropy of each token that has a label, in nats, row by row; fp32 from the logits on, nothing learnt."""
+    """Cross entropy of each token that has a label, in nats, row by row; fp32 from the logits on, nothing learnt.
+
+    The model does not see the labels: with them, in training, Liger makes no logits.
+    """
     import torch
 
     inputs = to_device(batch, spec.device)
+    labels = inputs.pop("labels")[:, 1:].reshape(-1)
     with torch.no_grad(), spec.autocast():
         logits = model(**inputs).logits
-    labels = inputs["labels"][:, 1:].reshape(-1)
     flat = logits[:, :-1].reshape(labels.numel(), -1).float()
     losses = torch.nn.functional.cross_entropy(flat, labels, reduction="none", ignore_index=-100)
     return [float(x) for x in losses[labels != -100]]
