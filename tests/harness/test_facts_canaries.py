@@ -56,6 +56,7 @@ def device(monkeypatch: Patch) -> None:
     gib = 2**30
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (100 * gib, 120 * gib))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid="0001"))
     monkeypatch.setitem(sys.modules, "pynvml", Nvml())  # type: ignore[arg-type]
@@ -85,8 +86,11 @@ def test_calls_are_timed_in_rows_after_a_warm_up_by_time(device: None, monkeypat
     monkeypatch.setattr(canaries_child, "WARM_S", 0.05)
     monkeypatch.setattr(canaries_child, "IN_A_ROW", 4)
     calls: list[float] = []
+    held: list[int] = []  # how many calls had been made when the device was given something to do first
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: held.append(len(calls)))
     first = time.perf_counter()
     assert canaries_child.timed_ms(torch, lambda: calls.append(time.perf_counter()), 3) == 2.0 / 4
+    assert held == [len(calls) - 12, len(calls) - 8, len(calls) - 4], "the device waits while a row is queued"
     assert sum(t - first >= 0.05 for t in calls) >= 12, "what is timed comes after the warm-up"
     assert len(calls) % 4 == 0
 

@@ -17,6 +17,7 @@ from sparkproof.measure.memory import available_gib, default_floor_gib
 GIB = 2.0**30
 LOAD_S = 4.0
 WARM_S, IN_A_ROW = 0.15, 10
+HOLD_CYCLES = 6_000_000  # about 3 ms; ten launches took under one, in a sandbox that is slow at them
 COPY_BYTES, GEMV_SHAPE, GEMM_SIZE = 256 * 2**20, (8192, 16384), 4096
 NEEDED_GIB = 1.5
 
@@ -24,8 +25,9 @@ NEEDED_GIB = 1.5
 def timed_ms(torch: Any, call: Callable[[], Any], repeats: int) -> float:
     """Milliseconds of a call by CUDA events: the median of `repeats` rows of calls, after `WARM_S` of them.
 
-    An idle GPU stands at a fraction of its clock, and between two events around one call lies its launch too: on an H200 a
-    GEMV of 64 us took 140 to 155 so, 6 to 11% apart before and after training.
+    An idle GPU stands at a fraction of its clock, and events around a call that the device does before Python starts the
+    next one time Python: on an H200 a GEMV of 66 us moved by 6 to 11% over a training run when its calls were timed one by one,
+    and by 11 to 16% in rows beside a busy processor. So the device is kept busy until the whole row is queued.
     """
     start = time.perf_counter()
     while True:
@@ -37,6 +39,7 @@ def timed_ms(torch: Any, call: Callable[[], Any], repeats: int) -> float:
     times = []
     for _ in range(repeats):
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HOLD_CYCLES)
         first.record()
         for _ in range(IN_A_ROW):
             call()
