@@ -123,6 +123,14 @@ def test_two_cards_of_one_name_are_two_devices(tmp_path):
     assert [u.what for u in compare(a, b).unlike] == ["device"]
 
 
+def test_cards_of_two_names_are_two_devices_also_where_their_serials_were_taken_out(tmp_path):
+    one, other = spark(), spark()
+    one.gpus[0].uuid = other.gpus[0].uuid = "GPU-redacted"
+    other.gpus[0].name = "NVIDIA H200"
+    a, b = record_of(tmp_path / "a", [train()], one), record_of(tmp_path / "b", [train()], other)
+    assert "device" in [u.what for u in compare(a, b).unlike]
+
+
 def test_versions_may_differ_and_are_named(tmp_path):
     a, b = runs(tmp_path, [train()], [train()])
     b.header.versions["torch"] = "2.15.0"

@@ -198,7 +198,7 @@ def spell_non_finite(value: Any) -> Any:
 
 def device_key(facts: Facts) -> tuple[Any, ...]:
     """What must be equal for two sets of facts to be of one device: stable properties, no momentary values."""
-    gpus = tuple((g.uuid or g.name, g.compute_capability) for g in facts.gpus)
+    gpus = tuple((g.name, g.uuid, g.compute_capability) for g in facts.gpus)  # a published run has no serials
     return (facts.arch, facts.cpu.model, gpus)
 
 
