@@ -135,7 +135,7 @@ def _unlike(a: RunRecord, b: RunRecord) -> list[Unlike]:
         if run.missing:
             lost = f"{len(run.missing)} of {len(run.header.planned)} cases have no result, {run.missing[0].name} first"
             found.append(Unlike(what="completeness", a=lost if letter == "a" else "", b=lost if letter == "b" else ""))
-    if not any(r.verdict is not Verdict.SKIPPED for run in (a, b) for r in run.results):
+    if all(r.verdict is Verdict.SKIPPED for run in (a, b) for r in run.results):
         found.append(Unlike(what="cases that ran", a="none, all were skipped", b="none, all were skipped"))
     for name in [n for n in a.entries if n in b.entries]:
         x, y = a.entries[name], b.entries[name]
