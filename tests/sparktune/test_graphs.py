@@ -12,6 +12,7 @@ from sparktune.models import graphs, patch_model
 from sparktune.models.checkpointing import set_memory_budget
 from sparktune.models.graphs import use_cuda_graphs
 from sparktune.models.projection import fallbacks, reset_fallbacks
+from sparktune.models.valid_rows import ValidRows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 CUDA = torch.cuda.is_available()
@@ -134,6 +135,29 @@ def test_where_every_batch_has_another_number_of_labels_one_graph_serves_all(pai
         assert worst(own, grads)[0] < 2e-5
     assert graphs.report(graphed)["graphs"] == 1
     assert of.steps["replayed"] == 4
+
+
+def test_a_number_of_labels_is_not_waited_for_once_it_has_come_twice(pair, monkeypatch):
+    plain, graphed, of = pair
+    order = []
+    run, read = graphs.Recorded.run, ValidRows.read
+    monkeypatch.setattr(graphs.Recorded, "run", lambda *a: order.append("replay") or run(*a))
+    monkeypatch.setattr(ValidRows, "read", lambda *a: order.append("number") or read(*a))
+    for seed in range(5):
+        order.clear()
+        same(plain, graphed, batch(seed))
+    read_by_plain = 1
+    assert order[read_by_plain:] == ["replay", "number"]
+    assert of.steps["replayed"] == 3
+
+
+def test_a_step_of_another_number_than_the_usual_one_is_replayed_anew_with_its_own(pair):
+    plain, graphed, of = pair
+    for prompt in (2, 2, 2, 2, 5, 5, 5, 5, 2, 2, 5, 2):
+        same(plain, graphed, batch(prompt=prompt))
+    assert of.steps["replayed in vain: another number of labels"] == 3
+    assert of.steps["replayed"] == 8
+    assert sum(n for how, n in of.steps.items() if "vain" not in how and how != "recorded") == 12
 
 
 def test_packed_and_padded_rows_are_replayed_whatever_their_documents(pair):

@@ -91,7 +91,7 @@ class CausalLM:
         if graphs is not None and self.training and torch.is_grad_enabled() and _plain(everything):
             tokens = rounded(documents, targets.numel())
             assert input_ids is not None
-            replayed = graphs.loss(self, Batch(input_ids, targets, position_ids, tokens, count, valid.read()))
+            replayed = graphs.loss(self, Batch(input_ids, targets, position_ids, tokens, count, valid))
             if replayed is not None:
                 return CausalLMOutputWithPast(loss=replayed)
         outputs = self._decoder(**everything)
