@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparktune.models import patch_model
-from sparktune.models.checkpointing import ALL, KINDS, NONE, WEIGHTS, LayerShape, set_memory_budget, spare, spend
+from sparktune.models import layer_function, patch_model
+from sparktune.models.checkpointing import ALL, KINDS, NONE, NORMS, WEIGHTS, LayerShape, set_memory_budget, spare, spend
 from sparktune.models.layer_function import DecoderLayer
 from sparktune.models.layer_parts import parts_of
 from sparktune.models.projection import fallbacks, reset_fallbacks
@@ -111,6 +111,30 @@ def test_what_is_frozen_gets_nothing_and_the_rest_its_own(twins, device, frozen)
     assert not fallbacks()
 
 
+def test_a_gradient_with_something_beside_its_rows_is_not_written_beside(twins, device):
+    """A layer's own gradient has room for the next one's low-rank product; rows of another tensor may look the same."""
+    _, ours = twins("llama")
+    x = torch.randn(1, 7, 32, device=device, requires_grad=True)
+    backbone = ours.get_base_model().model
+    tables = backbone.rotary_emb(x, torch.arange(7, device=device)[None])
+    y = backbone.layers[0](x, position_embeddings=tables, documents=None)
+    assert type(y.grad_fn.next_functions[0][0]).__name__ == f"{DecoderLayer.__name__}Backward"
+    wide = torch.randn(7, 64 + 32, device=device)
+    wanted = wide.clone()
+    y.backward(wide[:, :32].view(1, 7, 32))
+    assert torch.equal(wide, wanted)
+
+
+def test_the_residual_streams_gradient_is_not_copied_for_the_next_layer(twins, device, monkeypatch):
+    _, ours = twins("llama")
+    found = []
+    real = layer_function._row_of
+    monkeypatch.setattr(layer_function, "_row_of", lambda dy, r: found.append(real(dy, r)) or found[-1])
+    families.step(ours, **batch(device))
+    assert [row is not None for row in found] == [False, True]  # after the loss, after a layer
+    assert not layer_function._WITH_ROOM
+
+
 def test_nothing_outlives_what_the_budget_lets_it_keep(twins, device):
     _, ours = twins("llama")
     alive = {}
@@ -206,8 +230,9 @@ class TestBudget:
         for budget in (0, 1000, 5000, 144 * 10, 10**9):
             kept = spend(budget, 10, 16, [self.LAYER] * 3)
             weights = self.LAYER.weight_bytes * sum(WEIGHTS in layer for layer in kept)
+            norms = 10 * self.LAYER.bytes_of(NORMS) * sum(NORMS in layer for layer in kept)
             spent = weights + sum(10 * each[k] for layer in kept for k in layer & ALL)
-            assert spent <= budget
+            assert spent + norms <= budget
             left = [k for layer in kept for k in KINDS if k not in layer]
             assert not left or budget - spent < min(10 * each[k] for k in left)
 
@@ -239,7 +264,7 @@ class TestBudget:
             assert [len(layer.keep) for layer in layers] == [kinds, 4]  # the last: a loss of 40 words needs little room
         set_memory_budget(ours, float("inf"))
         ours(**batch(device, length=3), use_cache=False)
-        assert all(layer.keep == ALL | {WEIGHTS} for layer in layers)
+        assert all(layer.keep == ALL | {WEIGHTS, NORMS} for layer in layers)
         with pytest.raises(ValueError, match="0 bytes or more"):
             set_memory_budget(ours, -1)
         with pytest.raises(ValueError, match="patch it first"):
@@ -255,8 +280,13 @@ class TestHeldWeights:
         activations = 3 * 10 * sum(self.LAYER.bytes_of(k) for k in KINDS)
         weights = self.LAYER.weight_bytes
         assert weights == 2 * 64 * (64 + 2 * 32 + 64 + 3 * 128)
-        assert spend(activations + weights - 1, 10, 16, [self.LAYER] * 3) == [ALL] * 3
+        less = spend(activations + weights - 1, 10, 16, [self.LAYER] * 3)
+        assert all(k >= ALL for k in less) and not any(WEIGHTS in k for k in less)
         assert spend(activations + 2 * weights, 10, 16, [self.LAYER] * 3) == [ALL, ALL | {WEIGHTS}, ALL | {WEIGHTS}]
+        norms = 10 * self.LAYER.bytes_of(NORMS)
+        assert spend(activations + 3 * weights + norms - 1, 10, 16, [self.LAYER] * 3) == [ALL | {WEIGHTS}] * 3
+        whole = ALL | {WEIGHTS, NORMS}
+        assert spend(activations + 3 * weights + norms, 10, 16, [self.LAYER] * 3)[1:] == [ALL | {WEIGHTS}, whole]
         short = spend(activations - 1, 10, 16, [self.LAYER] * 3)
         assert short[0] != ALL and not any(WEIGHTS in k for k in short)
 
@@ -265,9 +295,10 @@ class TestHeldWeights:
         theirs, ours = twins(family)
         keep(ours, NONE)
         first = agree(ours, theirs, batch(device, length=7))
-        keep(ours, ALL | {WEIGHTS})
-        for _ in range(2):
-            agree(ours, theirs, batch(device, length=7), exact=first)
+        for kinds in (ALL | {WEIGHTS}, ALL | {WEIGHTS, NORMS}):
+            keep(ours, kinds)
+            for _ in range(2):
+                agree(ours, theirs, batch(device, length=7), exact=first)
         assert all(g.held.buffer is not None for g in held(ours))
 
     def test_weights_are_written_once_and_factors_once_a_step(self, twins, device, monkeypatch):

@@ -157,6 +157,16 @@ def test_room_is_left_behind_every_row_and_can_be_written(device, compiled):
     torch._dynamo.reset()
 
 
+def test_a_gradient_of_a_sum_may_have_room_too(device):
+    x, residual, dy, ds = (normal(device, 5, 48, seed=i) for i in range(4))
+    w = normal(device, 48, seed=4)
+    _, s, r = add_module._forward(x, residual, w, 1e-6, "llama", 0)
+    plain, dw = add_module._backward(dy, ds, s, w, r, "llama", [True, True])
+    roomy, dw_too = add_module._backward(dy, ds, s, w, r, "llama", [True, True], 16)
+    assert torch.equal(plain, roomy) and torch.equal(dw, dw_too)
+    assert (plain.stride(0), roomy.stride(0)) == (48, 64)
+
+
 @pytest.mark.parametrize("props", [SPARK, INTERPRETER, DeviceProperties(132, 232448, 2048, 50 * 2**20, 90)])
 @pytest.mark.parametrize("n", [1, 63, 1024, 1025, 2560, 3072, 5120, 8192, 8193, 262144])
 @pytest.mark.parametrize("module", [add_module, layer_module])

@@ -6,7 +6,7 @@ import families
 import pytest
 import sparktune
 import torch
-from sparktune.models.checkpointing import KINDS, WEIGHTS
+from sparktune.models.checkpointing import KINDS, NORMS, WEIGHTS
 from sparktune.planning import GB10, H100, Ceilings, ModelShape, plan
 from torch import nn
 
@@ -56,7 +56,7 @@ def test_memory_buys_time_and_never_more_than_it_costs():
     assert set(plans[0].kept.values()) <= {0, 1}  # of the last layer, in room that the loss leaves
     assert plans[0].kept["gate_up"] == 1
     assert plans[0].bytes["kept activations"] == 0
-    assert plans[3].kept == dict.fromkeys((*KINDS, WEIGHTS), 32)
+    assert plans[3].kept == dict.fromkeys((*KINDS, WEIGHTS, NORMS), 32)
     assert plans[3].ms["dequantisation"] == 0
     assert plans[3].bytes["weights kept in 16 bits"] == pytest.approx(2 * LLAMA.layer_weights * 32, rel=0.02)
     assert all(p.bytes["weights kept in 16 bits"] == 0 for p in plans[:3])
@@ -68,9 +68,10 @@ def test_memory_buys_time_and_never_more_than_it_costs():
 
 def test_without_checkpointing_all_activations_stay_and_no_weights_do():
     p, most = plan(LLAMA, "h100", checkpointing=False), plan(LLAMA, "h100", budget=INF)
-    assert p.kept == {**dict.fromkeys(KINDS, 32), WEIGHTS: 0}
+    assert p.kept == {**dict.fromkeys(KINDS, 32), WEIGHTS: 0, NORMS: 0}
     assert p.bytes["weights kept in 16 bits"] == 0
-    assert p.bytes["kept activations"] == most.bytes["kept activations"]
+    norms = 32 * most.batch * most.sequence * LLAMA.layer().bytes_of(NORMS)
+    assert p.bytes["kept activations"] == most.bytes["kept activations"] - norms
     assert p.ms["dequantisation"] > 0 and p.ms["products again"] == 0
 
 

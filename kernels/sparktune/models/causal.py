@@ -85,15 +85,16 @@ class CausalLM:
                 given.shape[0], given.shape[1], given.device, attention_mask, position_ids, everything
             )
             everything["documents"] = documents
-        targets = self._targets(labels, shifted, documents)
-        valid = ValidRows(targets)
         graphs = self.__dict__.get(GRAPHS)
         if graphs is not None and self.training and torch.is_grad_enabled() and _plain(everything):
-            tokens = rounded(documents, targets.numel())
-            assert input_ids is not None
-            replayed = graphs.loss(self, Batch(input_ids, targets, position_ids, tokens, count, valid))
+            own = labels if shifted is None else shifted
+            assert input_ids is not None and own is not None
+            tokens = rounded(documents, own.numel())
+            replayed = graphs.loss(self, Batch(input_ids, own, shifted is not None, position_ids, tokens, count))
             if replayed is not None:
                 return CausalLMOutputWithPast(loss=replayed)
+        targets = self._targets(labels, shifted, documents)
+        valid = ValidRows(targets)
         outputs = self._decoder(**everything)
         hidden = outputs.last_hidden_state
         loss = self._loss(hidden, targets, valid.read(), count)

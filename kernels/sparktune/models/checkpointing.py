@@ -11,8 +11,9 @@ A byte of any of the last three spares K flops; of attention S, slower. So atten
 of the width, and the rest in order of size. Layers at the end come first, since they are kept for the shortest time.
 
 What is left when all layers keep all four holds weights in 16 bits from one step to the next (`models.held`): a byte of those
-spares two and a half bytes of traffic, on an H100 as much time as 700 flops. The low-rank products (ranks wide) are always
-kept. The backward of an op needs no more than these and the layer's input: the down projection is never computed again.
+spares two and a half bytes of traffic, on an H100 as much time as 700 flops. Then come the norms' rows, a byte of which spares
+two. The low-rank products (ranks wide) are always kept. The backward of an op needs no more than these and the layer's input:
+the down projection is never computed again.
 
 What the last layer keeps may cost nothing: between its forward and its backward there is only the loss, and where that needs
 less room than a layer's backward does (`spare`), the difference is there to be used in every step.
@@ -32,9 +33,11 @@ from sparktune.models.offload import HostStore
 from sparktune.ops import loss_chunks
 from sparktune.ops.device import DeviceProperties
 
+ROOM = 64  # columns beside a norm's row, for LoRA of up to 64 ranks in all and whole lines of 128 bytes
 KINDS = ("attention", "residual", "qkv", "gate_up")
 ALL = frozenset(KINDS)
 WEIGHTS = "weights"  # besides: the layer's weights in 16 bits
+NORMS = "norms"  # and the rows of both norms
 NONE: frozenset[str] = frozenset()
 
 
@@ -56,6 +59,8 @@ class LayerShape:
             return self.q * self.itemsize + 4 * self.heads
         if kind == "qkv":
             return ((self.q + 2 * self.kv) + (self.q + self.kv) * self.head_norms) * self.itemsize
+        if kind == NORMS:
+            return 2 * (self.hidden + ROOM) * self.itemsize
         return (self.hidden if kind == "residual" else 2 * self.inner) * self.itemsize
 
     @property
@@ -85,7 +90,7 @@ def spend(
 ) -> list[frozenset[str]]:  # fmt: skip
     """What each layer keeps: as much as `budget` bytes hold, most time a byte first, the last layers before the first.
 
-    The last layer keeps up to `spare` bytes besides. Where all layers keep all kinds, the rest holds `WEIGHTS`.
+    The last layer keeps up to `spare` bytes besides. Where all layers keep all kinds, the rest holds `WEIGHTS`, then `NORMS`.
     """
     kept: list[set[str]] = [set() for _ in layers]
     if layers:
@@ -102,10 +107,11 @@ def spend(
             budget -= cost
             kept[i].add(kind)
     if all(k >= ALL for k in kept):
-        for keeps, layer in zip(reversed(kept), reversed(layers), strict=True):
-            if layer.weight_bytes <= budget:
-                budget -= layer.weight_bytes
-                keeps.add(WEIGHTS)
+        for kind, (keeps, layer) in itertools.product((WEIGHTS, NORMS), [*zip(kept, layers, strict=True)][::-1]):
+            cost = layer.weight_bytes if kind == WEIGHTS else tokens * layer.bytes_of(kind)
+            if cost <= budget:
+                budget -= cost
+                keeps.add(kind)
     return [frozenset(k) for k in kept]
 
 

@@ -10,14 +10,14 @@ H200). A replay starts them all at once. `use_cuda_graphs(model)` switches this 
 
 How many labels count decides how large the head's products are. A graph is made for a number that comes again (labels of
 one mask); where it differs from batch to batch, for any number, and then ignored rows cost their product. To read the number
-is to wait for the last step's kernels, and all that Python does from there to the first kernel is idle time (1.9 of
-69 ms with all activations kept, one H200): a number that has come twice running is taken to come a third time.
+is to wait for the last step's kernels, and what Python does from there to the first kernel is idle time (1.9 of 69 ms with all
+activations kept, one H200): a number that has come twice running is taken to come a third time, and counted meanwhile.
 
 What a graph can't follow is looked at in every step, while the device already works: that number, weights, adapters, hooks
 and settings of every layer (`models.stamp`), and where what is trained lies. Where something has changed, the replay's results
-are thrown away, the step runs as ever, and is recorded anew when it comes again; after a wrong number it runs with the right one. A batch that a graph can't take runs as ever:
-one without labels, with a cache, in evaluation, a second forward before the first one's backward. `report` says how
-many steps went which way, and why not.
+are thrown away, the step runs as ever, and is recorded anew when it comes again; after a wrong number it runs with the right
+one. A batch that a graph can't take runs as ever: one without labels, with a cache, in evaluation, a second forward before
+the first one's backward. `report` says how many steps went which way, and why not.
 
 Source: NVIDIA, "CUDA C++ Programming Guide", CUDA graphs; PyTorch's notes on them for what may be recorded.
 """
@@ -77,22 +77,31 @@ def report(model: nn.Module) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step is applied to: ids and targets [B, S], positions [1 or B, S] or None, the number of items or None."""
+    """What a step is applied to: ids and labels [B, S], positions [1 or B, S] or None, the number of items or None.
+
+    `shifted`: each label is at the position that is to predict it, as targets are; else at its own token."""
 
     ids: Tensor
-    targets: Tensor
+    labels: Tensor
+    shifted: bool
     positions: Tensor | None
     documents: Documents | None
     items: Tensor | float | None
-    valid: ValidRows  # targets that count
+
+    def targets(self, model: Any) -> Tensor:
+        """Each position's next token [B, S]."""
+        mine = (None, self.labels) if self.shifted else (self.labels, None)
+        found: Tensor = model._targets(*mine, self.documents)
+        return found
 
     def key(self) -> tuple[Any, ...]:
-        """What must be equal for one graph to serve two batches, but for `valid`."""
+        """What must be equal for one graph to serve two batches, besides the number of labels that count."""
         d = self.documents
         device = self.ids.device
         cast = dispatch.autocast_dtype(self.ids)
         return (
-            self.ids.shape, self.targets.shape, self.targets.dtype, None if self.positions is None else self.positions.shape,
+            self.ids.shape, self.labels.shape, self.labels.dtype, self.shifted,
+            None if self.positions is None else self.positions.shape,
             None if d is None else (d.cu_seqlens.shape, d.longest, d.packed), self.items is None, device, cast,
         )  # fmt: skip
 
@@ -104,57 +113,74 @@ class StepGraphs:
         self.kept: dict[tuple[Any, ...], Recorded] = {}
         self.steps: Counter[str] = Counter()
         self._seen: Counter[tuple[Any, ...]] = Counter()
-        self._usual: dict[tuple[Any, ...], tuple[int | None, int]] = {}  # the last number of labels, and how often running
+        self._usual: dict[
+            tuple[Any, ...], tuple[tuple[Any, ...], int]
+        ] = {}  # the last key of a shape, how often running
         self._refused: set[tuple[Any, ...]] = set()
         self._waiting: weakref.ReferenceType[Turn] | None = None  # a forward whose backward has not run
         self._pool: Any = None
+        self._aside: Any = None  # a stream to count labels on while a replay runs
 
     def loss(self, model: Any, batch: Batch) -> Tensor | None:
         """The loss of a batch, by a replay; None where the step has to run as ever."""
         waiting = self._waiting() if self._waiting is not None else None
         if waiting is not None and not waiting.over:
             return self._as_ever("the last forward's backward has not run")
+        shape = batch.key()
+        key, running = self._usual.get(shape, (None, 0))
+        if key in self.kept and running >= RUNNING:
+            labels_there = _mark(batch.labels)
+            begun = self._begin(key, batch)
+            if begun is not None and _unfit(model) is None and self._key(shape, batch, model, labels_there) == key:
+                return self._finish(key, begun, model)
+            if begun is not None:
+                self.steps["replayed in vain: another number of labels, or setting"] += 1
+                del begun
         why = _unfit(model)
         if why is not None:
             return self._as_ever(why)
-        shape = (*batch.key(), *_setting(model))
-        count, running = self._usual.get(shape, (None, 0))
-        if running >= RUNNING and (*shape, count) in self.kept:
-            loss = self._replay((*shape, count), batch, model)
-            if loss is None or self._came(shape, batch) == count:
-                return loss
-            self.steps["replayed in vain: another number of labels"] += 1
-            self.steps["replayed"] -= 1
-        else:
-            self._came(shape, batch)
-        key = self._find(shape, batch, model)
-        return None if key is None else self._replay(key, batch, model)
+        found = self._find(shape, batch, model)
+        if found is None:
+            return None
+        begun = self._begin(found, batch)
+        return self._as_ever("another stream") if begun is None else self._finish(found, begun, model)
 
-    def _replay(self, key: tuple[Any, ...], batch: Batch, model: Any) -> Tensor | None:
-        """The loss by the graph of this key, or None where the step has to run as ever after all."""
+    def _begin(self, key: tuple[Any, ...], batch: Batch) -> tuple[Turn, Tensor] | None:
+        """The forward of this key's graph, started; None on another stream than it was recorded for."""
         found = self.kept[key] = self.kept.pop(key)  # the last used is last
         if found.stream != dispatch.stream_of(batch.ids.device):
-            return self._as_ever("another stream")
+            return None
         turn = Turn(found)
-        loss = found.run(batch, turn)
-        if not found.still(model):
+        return turn, found.run(batch, turn)
+
+    def _finish(self, key: tuple[Any, ...], begun: tuple[Turn, Tensor], model: Any) -> Tensor | None:
+        """The loss of a forward that was begun, if the model is what it was."""
+        turn, loss = begun
+        if not turn.recorded.still(model):
             del self.kept[key]
             return self._as_ever("something of the model has changed")
         self._waiting = weakref.ref(turn)
         self.steps["replayed"] += 1
         return loss
 
-    def _came(self, shape: tuple[Any, ...], batch: Batch) -> int | None:
-        """How many labels count, waited for."""
-        count, (last, running) = batch.valid.read(), self._usual.get(shape, (None, 0))
-        if len(self._usual) > 4096:
-            self._usual.clear()
-        self._usual[shape] = (count, running + 1 if count == last else 1)
-        return count
+    def _key(self, shape: tuple[Any, ...], batch: Batch, model: Any, labels_there: Any = None) -> tuple[Any, ...]:
+        """The key of a batch and of how many labels count, which is waited for; with an event, counted aside from there on."""
+        if labels_there is None:
+            return (*shape, *_setting(model), ValidRows(batch.targets(model)).read())
+        if self._aside is None:
+            self._aside = torch.cuda.Stream(batch.labels.device, priority=-1)
+        with torch.cuda.stream(self._aside):
+            self._aside.wait_event(labels_there)
+            return self._key(shape, batch, model)
 
     def _find(self, shape: tuple[Any, ...], batch: Batch, model: Any) -> tuple[Any, ...] | None:
         """The key of a graph for this number of labels or for any, made now if it is time."""
-        exact, any_number = (*shape, batch.valid.read()), (*shape, -1)
+        exact = self._key(shape, batch, model)
+        any_number = (*exact[:-1], -1)
+        last, running = self._usual.get(shape, (None, 0))
+        if len(self._usual) > 4096:
+            self._usual.clear()
+        self._usual[shape] = (exact, running + 1 if exact == last else 1)
         for k in (exact, any_number):
             if k in self.kept:
                 return k
@@ -217,18 +243,19 @@ class Recorded:
         self._watched = list({id(t): t for t in (*self._params, *factors)}.values())
         self._alive = [t.detach() for t in self._watched]
         self._state = self._look(model)
-        self._ids, self._targets = batch.ids.clone(), batch.targets.clone()
+        self._ids, self._labels = batch.ids.clone(), batch.labels.to(batch.ids.device, copy=True)
         self._positions = None if batch.positions is None else batch.positions.clone()
         d = batch.documents
         self._documents = None if d is None else Documents(d.cu_seqlens.clone(), d.longest, d.packed)
         self._items = None if batch.items is None else torch.ones((), device=batch.ids.device)
+        mine = Batch(self._ids, self._labels, batch.shifted, self._positions, self._documents, self._items)
         self._dloss = torch.ones((), device=batch.ids.device)
         self._loss: Tensor | None = None
         self._grads: tuple[Tensor | None, ...] = ()
 
         def forward() -> None:
             self._loss = model.graphed_loss(
-                self._ids, self._positions, self._documents, self._targets, self._items, valid
+                self._ids, self._positions, self._documents, mine.targets(model), self._items, valid
             )
 
         def backward() -> None:
@@ -250,7 +277,7 @@ class Recorded:
 
     def _copy(self, batch: Batch) -> None:
         self._ids.copy_(batch.ids, non_blocking=True)
-        self._targets.copy_(batch.targets, non_blocking=True)
+        self._labels.copy_(batch.labels, non_blocking=True)
         if self._positions is not None and batch.positions is not None:
             self._positions.copy_(batch.positions, non_blocking=True)
         if self._documents is not None and batch.documents is not None:
@@ -265,7 +292,9 @@ class Recorded:
     def run(self, batch: Batch, turn: Turn) -> Tensor:
         """The loss of a batch, differentiable once in what is trained."""
         self._copy(batch)
-        found: Tensor = _Step.apply(turn, *self._params)
+        self._forward()  # before autograd looks at each of a hundred parameters
+        assert self._loss is not None
+        found: Tensor = _Step.apply(turn, self._loss.detach(), *self._params)
         return found
 
     def still(self, model: Any) -> bool:
@@ -277,12 +306,6 @@ class Recorded:
 
     def _look(self, model: Any) -> tuple[Any, ...]:
         return _state(model), [(t.data_ptr(), t.requires_grad) for t in self._watched]
-
-    def forward(self) -> Tensor:
-        """The loss, in memory of its own."""
-        self._forward()
-        assert self._loss is not None
-        return self._loss.detach().clone()
 
     def gradients(self, dloss: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of what is trained, in memory of their own: the graph's is written again in the next step."""
@@ -296,12 +319,12 @@ class Recorded:
 
 
 class _Step(torch.autograd.Function):
-    """loss = replay of the forward; the parameters' gradients = replay of the backward."""
+    """A replayed forward's loss, in memory of its own, and for the parameters' gradients a replay of the backward."""
 
     @staticmethod
-    def forward(ctx: Any, turn: Turn, *params: Tensor) -> Tensor:
+    def forward(ctx: Any, turn: Turn, loss: Tensor, *params: Tensor) -> Tensor:
         ctx.turn = turn
-        return turn.recorded.forward()
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -310,7 +333,16 @@ class _Step(torch.autograd.Function):
         if turn.over:
             raise RuntimeError("a step's backward ran twice, and what it kept is gone: call the model again.")
         turn.over = True
-        return None, *turn.recorded.gradients(dloss)
+        return None, None, *turn.recorded.gradients(dloss)
+
+
+def _mark(t: Tensor) -> Any:
+    """Where a tensor's stream stands, or None on a CPU."""
+    if not t.is_cuda:
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(t.device))
+    return event
 
 
 def _layers(model: Any) -> list[Any]:

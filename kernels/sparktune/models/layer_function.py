@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sparktune.models.attention_graph import Attended
-from sparktune.models.checkpointing import WEIGHTS
+from sparktune.models.checkpointing import NORMS, WEIGHTS
 from sparktune.models.documents import Documents
 from sparktune.models.layer_parts import Group, LayerParts
 from sparktune.models.parts import Tables
@@ -45,6 +45,10 @@ class State:
     attended: Attended | None = None
     x1: Tensor | None = None
     eu: Tensor | None = None
+    n1: Tensor | None = None  # rows of the norms, and their 1 / rms
+    r1: Tensor | None = None
+    n2: Tensor | None = None
+    r2: Tensor | None = None
     tails: tuple[Tensor | None, ...] = (None, None, None, None)  # x A^T of qkv, o, gate and up, down
     serials: tuple[int, ...] = ()  # of the groups' held buffers, when this layer's forward had written them
 
@@ -63,12 +67,14 @@ class Call:
 
 def project(
     call: Call, i: int, x: Tensor, onto: Tensor | None = None, tail_free: bool = False, room: int = 0,
-    known: Tensor | None = None, serial: int | None = None,
+    known: Tensor | None = None, serial: int | None = None, apart: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(onto + x W^T + LoRA [M, N] in rows with room, x A^T [M, R], or `known`) for the input x [M, K] of group `i`."""
     group = call.parts.groups[i]
     p = group.buffer(x.dtype, WEIGHTS in call.keep, serial)
-    return forward_packed(x, p, group.stack.n, group.one, tail_free=tail_free, onto=onto, room=room, known=known)
+    return forward_packed(
+        x, p, group.stack.n, group.one, tail_free=tail_free, onto=onto, room=room, known=known, apart=apart
+    )
 
 
 def normed(x: Tensor, weight: Tensor, eps: float, order: str, room: int) -> tuple[Tensor, Tensor]:
@@ -112,18 +118,21 @@ def views(call: Call, state: State) -> tuple[Tensor, Tensor, Tensor]:
     return (q if state.q is None else state.q), (k if state.k is None else state.k), v
 
 
-def advance(call: Call, x: Tensor, state: State) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Fill what is missing in `state` up to gate and up; (r1, n2, r2), the latter two only where they were made.
+def advance(call: Call, x: Tensor, state: State) -> None:
+    """Fill what is missing in `state` up to gate and up, and n2 only where that needs it.
 
     Used by the forward, where everything is missing, and by the backward, for what was not kept.
     """
     p, way = call.parts, dispatch.route("decoder_layer", x)
     tails, serials = list(state.tails), state.serials or (None,) * 4
-    r1 = None
+    stays = NORMS in call.keep
     if state.qkv is None:
-        n1, r1 = normed(x, p.norm1, p.eps1, p.order, p.qkv.stack.room)
-        state.qkv, tails[0] = project(call, 0, n1, tail_free=True, known=tails[0], serial=serials[0])
+        n1, state.r1 = normed(x, p.norm1, p.eps1, p.order, p.qkv.stack.room)
+        state.qkv, tails[0] = project(
+            call, 0, n1, tail_free=True, known=tails[0], serial=serials[0], apart=not stays
+        )  # fmt: skip
         dispatch.record("lora_qkv", way)
+        state.n1 = n1 if stays else None
         del n1
         place(call, state)
     elif p.q_norm is not None and state.q is None:
@@ -136,14 +145,13 @@ def advance(call: Call, x: Tensor, state: State) -> tuple[Tensor, Tensor | None,
             call, 1, state.attended.output.reshape(x.shape[0], -1), onto=x, known=tails[1], serial=serials[1]
         )
         dispatch.record("lora_linear", way)
-    n2 = r2 = None
     if state.eu is None:
-        n2, r2 = normed(state.x1, p.norm2, p.eps2, p.order, p.gate_up.stack.room)
+        state.n2, state.r2 = normed(state.x1, p.norm2, p.eps2, p.order, p.gate_up.stack.room)
         state.eu, tails[2] = project(
-            call, 2, n2, tail_free=True, room=p.gate_up.stack.room_out, known=tails[2], serial=serials[2]
-        )
+            call, 2, state.n2, tail_free=True, room=p.gate_up.stack.room_out, known=tails[2], serial=serials[2],
+            apart=not stays,
+        )  # fmt: skip
     state.tails = tuple(tails)
-    return r1, n2, r2  # type: ignore[return-value]
 
 
 class DecoderLayer(torch.autograd.Function):
@@ -155,6 +163,8 @@ class DecoderLayer(torch.autograd.Function):
         p, state, kept = call.parts, State(), call.keep
         advance(call, x, state)
         assert state.x1 is not None and state.eu is not None and state.attended is not None
+        if NORMS not in kept:
+            state.r1 = state.n2 = state.r2 = None
         h = lora_mlp.activated(state.eu, p.activation, p.down.stack.room)
         if "gate_up" not in kept:
             state.eu = None
@@ -207,12 +217,12 @@ def backward(
     before[1] = before[1] or norms[0] or norms[2] or norms[3]
     before[2] = before[2] or before[1]
     before[3] = before[3] or before[2] or norms[1]
-    r1, n2, r2 = advance(call, x, state)
+    advance(call, x, state)
     assert state.x1 is not None and state.eu is not None and state.attended is not None
 
     # Down, and the activation: h over dh, which nobody else reads.
     want = any(need[3][::2])
-    dh, dtail = _input(call, 3, state, dy, before[3], want)
+    dh, dtail = _input(call, 3, state, dy, before[3], want, _row_of(dy, p.down.stack.r))
     if before[3]:
         deu, h = state.eu, dh  # written over what they come from
         lora_mlp.activation_backward(dh, state.eu, deu, p.activation, remake=want)
@@ -228,14 +238,18 @@ def backward(
     want = any(need[2][::2])
     row = with_room(deu, p.gate_up.stack.r) if p.gate_up.stack.r else None
     dn2, dtail = _input(call, 2, state, deu, before[2], want, row)
-    if n2 is None and (want or r2 is None):
-        n2, r2 = normed(state.x1, p.norm2, p.eps2, p.order, 0)
-    _factors(p.gate_up, deu, n2 if n2 is not None else deu, state.tails[2], dtail, need[2], found, ends[2])
+    if state.n2 is None and (want or state.r2 is None):
+        state.n2, state.r2 = normed(state.x1, p.norm2, p.eps2, p.order, 0)
+    n2 = deu if state.n2 is None else state.n2
+    _factors(p.gate_up, deu, n2, state.tails[2], dtail, need[2], found, ends[2])
+    state.n2 = None
     del deu, row, n2
     if not before[2]:
         return None, found
-    assert r2 is not None
-    dx1, dnorm = add_rms_norm._backward(dn2, dy, state.x1, p.norm2, r2, p.order, [True, norms[1]])
+    assert state.r2 is not None
+    dx1, dnorm = add_rms_norm._backward(
+        dn2, dy, state.x1, p.norm2, state.r2, p.order, [True, norms[1]], p.o.stack.room_out
+    )
     dispatch.record("add_rms_norm", dispatch.route("add_rms_norm", dx1))
     if norms[1]:
         found[ends[4] + 1] = dnorm
@@ -244,9 +258,10 @@ def backward(
 
     # The output projection and attention.
     out = state.attended.output.reshape(x.shape[0], -1)
-    do, dtail = _input(call, 1, state, dx1, before[1], any(need[1][::2]))
+    row = with_room(dx1, p.o.stack.r) if p.o.stack.r else None
+    do, dtail = _input(call, 1, state, dx1, before[1], any(need[1][::2]), row)
     _factors(p.o, dx1, out, state.tails[1], dtail, need[1], found, ends[1])
-    del out
+    del out, row
     if not before[1]:
         return None, found
     q, k, v = views(call, state)
@@ -265,18 +280,39 @@ def backward(
     want = any(need[0][::2])
     row = with_room(dqkv, p.qkv.stack.r) if p.qkv.stack.r else None
     dn1, dtail = _input(call, 0, state, dqkv, before[0], want, row)
-    n1 = None
-    if want or r1 is None:
-        n1, r1 = normed(x, p.norm1, p.eps1, p.order, 0)
-    _factors(p.qkv, dqkv, n1 if n1 is not None else dqkv, state.tails[0], dtail, need[0], found, ends[0])
+    if state.n1 is None and (want or state.r1 is None):
+        state.n1, state.r1 = normed(x, p.norm1, p.eps1, p.order, 0)
+    n1 = dqkv if state.n1 is None else state.n1
+    _factors(p.qkv, dqkv, n1, state.tails[0], dtail, need[0], found, ends[0])
+    state.n1 = None
     del dqkv, row, n1
     if not before[0]:
         return None, found
-    assert r1 is not None
-    dx, dnorm = add_rms_norm._backward(dn1, dx1, x, p.norm1, r1, p.order, [need_dx, norms[0]])
+    assert state.r1 is not None
+    dx, dnorm = add_rms_norm._backward(
+        dn1, dx1, x, p.norm1, state.r1, p.order, [need_dx, norms[0]], p.down.stack.room_out if need_dx else 0
+    )
     if norms[0]:
         found[ends[4]] = dnorm
-    return (dx if need_dx else None), found
+    if not need_dx:
+        return None, found
+    _WITH_ROOM[dx.device] = dx
+    engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+    engine.queue_callback(_WITH_ROOM.clear)  # where no layer is left to take it
+    return dx, found
+
+
+_WITH_ROOM: dict[torch.device, Tensor] = {}  # the last layer's gradient; the next one's backward takes it out
+
+
+def _row_of(dy: Tensor, r: int) -> Tensor | None:
+    """dy [M, K] with `r` columns to write right of it, where a layer's backward made it just now with room for them.
+
+    Rows of anybody else's may lie as far apart and have something between them.
+    """
+    last = _WITH_ROOM.pop(dy.device, None)
+    ours = last is not None and last.data_ptr() == dy.data_ptr() and last.stride() == dy.stride()
+    return with_room(dy, r) if ours and r else None
 
 
 def _input(

@@ -121,7 +121,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    dy_ptr, ds_ptr, s_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, m, n, dy_stride, ds_stride, rows_each,
+    dy_ptr, ds_ptr, s_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, m, n, dy_stride, ds_stride, dx_stride, rows_each,
     GEMMA: tl.constexpr, NEED_DW: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`rows_each` rows a program: dx, and this program's part of dw in its own row of dw_ptr [programs, n], fp32."""
@@ -134,7 +134,7 @@ def backward_kernel(
         dy_row = dy_ptr + row * dy_stride
         ds_row = ds_ptr + row * ds_stride
         s_row = s_ptr + row * n
-        dx_row = dx_ptr + row * n
+        dx_row = dx_ptr + row * dx_stride
         r = tl.load(r_ptr + row)
         if SINGLE:
             mask = cols < n
@@ -191,12 +191,12 @@ def _forward(
 
 
 def _backward(
-    dy: Tensor, ds: Tensor, s: Tensor, weight: Tensor, r: Tensor, variant: str, needs: list[bool]
+    dy: Tensor, ds: Tensor, s: Tensor, weight: Tensor, r: Tensor, variant: str, needs: list[bool], room: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight)."""
+    """(dx, dweight); dx has row stride N + room."""
     m, n = r.numel(), s.shape[-1]
     need_dw = needs[1]
-    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    dx = torch.empty((*s.shape[:-1], n + room), dtype=s.dtype, device=s.device)[..., :n]
     if m == 0:
         return dx, torch.zeros_like(weight)
     dy, ds = dispatch.rows(dy), dispatch.rows(ds)
@@ -206,7 +206,7 @@ def _backward(
     partial = make((c.programs, n) if need_dw else (1,), dtype=torch.float32, device=s.device)
     dispatch.launch(
         backward_kernel, c.programs, s, dy, ds, s, weight.contiguous(), r, dx, partial, m, n, dy.stride(0),
-        ds.stride(0), c.rows_each,
+        ds.stride(0), n + room, c.rows_each,
         GEMMA=variant == "gemma", NEED_DW=need_dw, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype) if need_dw else torch.empty_like(weight)
@@ -314,7 +314,7 @@ def _launches(p: DeviceProperties) -> list[Launch]:
             else:
                 name, where = "backward_kernel", "backward" + (", weight trained" if need_dw else "")
                 args = dict(dy_ptr=ptr, ds_ptr=ptr, s_ptr=ptr, w_ptr=ptr, r_ptr="*fp32", dx_ptr=ptr, dw_ptr="*fp32")
-                args |= dict(m="i32", n="i32", dy_stride="i32", ds_stride="i32", rows_each="i32")
+                args |= dict(m="i32", n="i32", dy_stride="i32", ds_stride="i32", dx_stride="i32", rows_each="i32")
                 flags["NEED_DW"] = need_dw
             when = f"{where}, {'up to' if n <= 8192 else 'over'} {min(n, 8192)} columns"
             args |= dict.fromkeys(flags, "constexpr")
@@ -378,7 +378,7 @@ room-overlaps: rows of y laid out as if there were no room
 - other.stride(0), n + room, eps,
 + other.stride(0), n, eps,
 dx-over-ds: dx written over the caller's gradient of the residual stream
-- dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+- dx = torch.empty((*s.shape[:-1], n + room), dtype=s.dtype, device=s.device)[..., :n]
 + dx = ds if ds.is_contiguous() else torch.empty_like(s)
 s-over-residual: the sum written over the residual
 - s = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -225,12 +225,13 @@ def with_room(x: Tensor, r: int) -> Tensor | None:
 
 def forward_packed(
     x: Tensor, p: Tensor, n: int, one: int | None, branch_input: Tensor | None = None, tail_free: bool = False,
-    onto: Tensor | None = None, room: int = 0, known: Tensor | None = None,
+    onto: Tensor | None = None, room: int = 0, known: Tensor | None = None, apart: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [M, n], x' A^T [M, r]) for x [M, K] and the buffer P; `one`: the column of P that biases stand in.
 
     `onto` [M, n] is added within the product, before its one rounding, and stays as it is. `room`: columns to leave right
-    of y's rows. `known`: x' A^T as an earlier call returned it, which is then not computed again.
+    of y's rows. `known`: x' A^T as an earlier call returned it, which is then not computed again. Unless `apart` x' A^T may be
+    a view of x's own row, which it then keeps alive.
     """
     k = x.shape[1]
     r = p.shape[1] - k
@@ -252,7 +253,7 @@ def forward_packed(
     torch.mm(x_branch, p[n:, :k].t(), out=row[:, k:])
     if one is not None:
         row[:, k + one] = 1.0
-    return _onto(onto, row, p[:n].t(), room), row[:, k:].clone()
+    return _onto(onto, row, p[:n].t(), room), row[:, k:].clone() if apart else row[:, k:]
 
 
 def _onto(base: Tensor | None, left: Tensor, right: Tensor, room: int) -> Tensor:

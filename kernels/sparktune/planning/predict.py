@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparktune.models.checkpointing import ALL, KINDS, WEIGHTS, LayerShape, spare, spend
+from sparktune.models.checkpointing import ALL, KINDS, NORMS, WEIGHTS, LayerShape, spare, spend
 from sparktune.ops.lora_packed import behind
 from sparktune.planning.ceilings import DEVICES, Ceilings
 from sparktune.planning.shapes import ModelShape
@@ -89,7 +89,7 @@ def plan(
     free = spare(tokens, shape.layer(), shape.vocabulary, rows)
     kept = spend(budget, tokens, row, [shape.layer()] * shape.layers, free) if checkpointing else [ALL] * shape.layers
     budget = budget if checkpointing else math.inf
-    counts = {kind: sum(kind in k for k in kept) for kind in (*KINDS, WEIGHTS)}
+    counts = {kind: sum(kind in k for k in kept) for kind in (*KINDS, WEIGHTS, NORMS)}
     return Plan(
         device, shape, batch, sequence, _bytes(shape, tokens, rank, kept, load_in_4bit, lora_itemsize, rows, budget),
         _milliseconds(shape, tokens, row, rank, kept, load_in_4bit, device), counts,
@@ -112,7 +112,7 @@ def _bytes(
         n: (width, k, behind(k, ranks[n]), behind(width, ranks[n])) for n, (width, k) in s.projections.items()
     }  # fmt: skip
     buffers = {n: (w + ranks[n]) * (k + room) * 2 for n, (w, k, room, _) in widths.items()}
-    alive = [tokens * sum(layer.bytes_of(kind) for kind in k & ALL) for k in kept]
+    alive = [tokens * sum(layer.bytes_of(kind) for kind in k - {WEIGHTS}) for k in kept]
     stay = min(float(sum(alive)), budget)
     held = [sum(buffers.values()) * (WEIGHTS in k) for k in kept]
     # At the end of the forward everything kept is there beside the loss; in a layer's backward what it and those before keep.
@@ -162,8 +162,9 @@ def _milliseconds(
     lora = sum(k for _, k in s.projections.values()) + sum(n + k for n, k in s.projections.values())
     # Rows of norms, rotations and activations, read and written: forward, backward, and what is made again.
     once = 2 * 2 * s.hidden + 2 * (s.q + s.kv) + 3 * s.inner
-    back = 2 * 4 * s.hidden + 2 * (s.q + 2 * s.kv) + 6 * s.inner
-    made = (2 * 2 * s.hidden + 2 * (s.q + s.kv)) * remade
+    stays = sum(NORMS in k for k in kept) / max(1, s.layers)
+    back = 2 * (6 - 2 * stays) * s.hidden + 2 * (s.q + 2 * s.kv) + 6 * s.inner
+    made = (2 * s.hidden + 2 * (s.q + s.kv)) * remade
     return {
         "products": 2 * products / d.gemm * 1e3,
         "products again": again / d.gemm * 1e3,

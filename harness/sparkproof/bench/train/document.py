@@ -20,9 +20,12 @@ class Memory(Strict):
     weights_gib: float | None = Field(
         default=None, description="Allocated once the model stands, before the first step."
     )
-    peak_allocated_gib: float | None = Field(default=None, description="Peak over the timed steps.")
+    peak_allocated_gib: float | None = Field(
+        default=None,
+        description="Peak over the timed steps; of recorded ones over those of warm-up too, when they were recorded.",
+    )
     peak_reserved_gib: float | None = Field(default=None, description="Peak over them that torch holds of the device.")
-    warmup_peak_allocated_gib: float | None = Field(default=None, description="Peak while loading and warming up.")
+    warmup_peak_allocated_gib: float | None = Field(default=None, description="Peak over the steps of warm-up.")
     warmup_peak_reserved_gib: float | None = Field(default=None, description="Peak then that torch held of the device.")
     host_pinned_peak_gib: float | None = Field(
         default=None, description="Peak of pinned host memory over the timed steps."
