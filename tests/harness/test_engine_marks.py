@@ -63,6 +63,25 @@ def test_a_second_watch_counts_nothing_twice(launches: marks.Launches) -> None:
     assert launches.of("unsloth") == again.of("unsloth") == {"swiglu": {"triton": 1}}
 
 
+def test_a_kernel_within_a_compiled_layer_counts_for_the_module_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    monkeypatch.setattr(CachingAutotuner, "run", lambda self, *a, **k: None)
+    monkeypatch.setattr(marks, "_watching", [])
+    marks._home.cache_clear()
+    module = types.ModuleType("unsloth.kernels.rope_embedding")
+    module._rope_embedding_QK = kernel_of(module.__name__)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    launches = marks.Launches()
+    for name in ("_rope_embedding_QK", "_rope_embedding_QK", "triton_poi_fused_mul_silu_0", "of_nobody"):
+        copy = CachingAutotuner.__new__(CachingAutotuner)
+        copy.fn = types.SimpleNamespace(__name__=name)  # type: ignore[assignment]
+        copy.run(None, stream=0)
+    assert launches.of("unsloth") == {"rope_embedding": {"compiled": 2}, marks.COMPILED: {"compiled": 2}}
+    assert set(launches.foreign()) == {"unsloth.kernels.rope_embedding"}
+    marks._home.cache_clear()
+
+
 ASKED = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": True}
 
 
@@ -98,6 +117,10 @@ def test_unsloth_is_held_to_its_layers_or_to_anything() -> None:
         "Unsloth: launches of its kernels for rotations"
     ]
     assert missed("unsloth", ran({"rms_layernorm": 9, "qk_norm_rope": 4, "swiglu": 4}, family="qwen3")) == []
+    compiled = {"rms_layernorm": 2, marks.COMPILED: 900}
+    assert len(missed("unsloth", ran(compiled, family="llama"))) == 2, "no layer says that it is compiled"
+    assert missed("unsloth", ran(compiled, family="llama", **{"compiled whole": ["LlamaDecoderLayer"]})) == []
+    assert len(missed("unsloth", ran({}, family="llama", **{"compiled whole": ["LlamaDecoderLayer"]}))) == 3
     assert missed("unsloth", ran({marks.COMPILED: 3}, family="gpt_oss")) == []
     assert missed("unsloth", ran({}, family="gpt_oss")) == ["Unsloth: launches of its kernels for anything"]
 

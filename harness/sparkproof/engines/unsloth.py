@@ -11,6 +11,8 @@ from torch import nn
 from sparkproof.engines.base import LoadSpec, Ran, adamw_8bit, inference, require_on_gpu
 from sparkproof.engines.marks import Launches
 
+BLOCK = "_unsloth_block_compiled"  # what Unsloth marks the forward of a layer with that it has torch.compile make
+
 
 class UnslothEngine:
     """unsloth.FastLanguageModel. It compiles code at import and load, and promises no bit-for-bit repeat."""
@@ -97,7 +99,9 @@ class UnslothEngine:
         ours = {type(m).__module__.split(".")[0] for m in model.modules()}
         kind = getattr(getattr(model, "config", None), "model_type", "")
         marks = self.launches.of("unsloth") | self.launches.of("unsloth_zoo") if self.launches else {}
-        return Ran(mode="gpu", patches={"modules from": sorted(ours), "family": kind}, watermarks=marks)
+        blocks = {type(m).__name__ for m in model.modules() if hasattr(type(m).forward, BLOCK)}
+        patches = {"modules from": sorted(ours), "family": kind, "compiled whole": sorted(blocks)}
+        return Ran(mode="gpu", patches=patches, watermarks=marks)
 
 
 def require_unsloth() -> None:

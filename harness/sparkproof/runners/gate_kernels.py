@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparkproof.engines.marks import COMPILED
 from sparkproof.results import Assertion
 from sparkproof.runners.gate_evidence import Evidence, none_left
 from sparkproof.scenario import TrainScenario
@@ -53,7 +54,9 @@ def judge_kernels(engine: str, ran: dict[str, Any]) -> list[Assertion]:
         parts = {part: files for part, (names, files) in LIGER.items() if asked & set(names)}
         return [_launched("Liger", part, files, marks) for part, files in parts.items()]
     if ran["patches"]["family"] in UNSLOTH_LAYERS:
-        return [_launched("Unsloth", part, files, marks) for part, files in UNSLOTH.items()]
+        # In a layer that it has compiled whole, torch.compile writes some parts itself (SwiGLU's backward in 2026.10.9).
+        whole = (COMPILED,) if ran["patches"].get("compiled whole") else ()
+        return [_launched("Unsloth", part, (*files, *whole), marks) for part, files in UNSLOTH.items()]
     return [_launched("Unsloth", "anything", tuple(marks), marks)]
 
 
