@@ -73,6 +73,11 @@ class Measurement(Strict):
     high: float | None = Field(default=None, description="Upper end of the 95% interval.")
     reference: float | None = Field(default=None, description="What it is compared with, same unit.")
     reference_name: str = ""
+    noise: float = Field(
+        default=0.0,
+        ge=0,
+        description="How far like runs lie apart, same unit: a comparison of runs calls no less a change.",
+    )
     conditions: dict[str, Any] = Field(
         default_factory=dict, description="Clock (MHz), temperature (C), power (W), canaries, device, mode."
     )

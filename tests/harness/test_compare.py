@@ -70,6 +70,15 @@ def test_the_tolerance_is_what_may_be_worse(tmp_path):
     assert compare(*pair, tolerance=0.1).regressions == []
 
 
+def test_what_like_runs_differ_by_is_no_change(tmp_path):
+    a, b = train(load=4.0), train(load=6.5)
+    assert [c.measurement for c in compare(*runs(tmp_path, [a], [b])).regressions] == ["load_s"]
+    b.measurements[1].noise = 3.0
+    assert compare(*runs(tmp_path, [a], [b])).regressions == []
+    b.measurements[1].value = 7.1
+    assert [c.measurement for c in compare(*runs(tmp_path, [a], [b])).regressions] == ["load_s"]
+
+
 def test_a_case_that_broke_or_must_be_measured_again(tmp_path):
     worse = compare(*runs(tmp_path, [train()], [train(verdict=Verdict.FAILED, reason="loss fall: 0.1")]))
     assert worse.exit_code == 1 and worse.broke[0].reason == "loss fall: 0.1"

@@ -5,8 +5,8 @@ model bytes and way of running. Otherwise a difference would be a percentage of 
 comparison is for: versions, driver, the checkout's commit; those are named.
 
 A measurement is worse when its 95% bootstrap interval of the ratio lies beyond 1 on the wrong side, and its value by more than
-the tolerance. One without repeated samples has no interval and is held to the tolerance alone. A case that passed and does not is
-worse than any percentage.
+the tolerance. One without repeated samples has no interval and is held to the tolerance and to what it says of its own noise.
+A case that passed and does not is worse than any percentage.
 """
 
 from __future__ import annotations
@@ -191,6 +191,7 @@ def _change(case: str, a: Measurement, b: Measurement, tolerance: float) -> Chan
         low, high = interval.low, interval.high
     worse = 1 / ratio if a.higher_is_better else ratio
     certain = low is None or high is None or not low <= 1 <= high
+    certain = certain and abs(b.value - a.value) > max(a.noise, b.noise)
     judged: Literal["regression", "improvement", "no difference"] = "no difference"
     if certain and worse > 1 + tolerance:
         judged = "regression"
