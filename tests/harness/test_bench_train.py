@@ -205,6 +205,7 @@ def test_views_tell_the_same_story_within_80_columns(measured: Callable[..., Doc
         ("--memory-budget inf --gc off", "does nothing with --gc off"),
         ("--offload --gc off", "--offload moves"),
         ("--offload --device cpu --model tiny", "--offload moves"),
+        ("--offload-embedding --device cpu --model tiny", "--offload-embedding moves"),
         ("--site unsloth", "ENGINE=DIR"),
         ("--site unsloth=/no/such/folder", "no folder /no/such/folder"),
         ("--engine hf --site unsloth=/", "no engine 'unsloth'"),
@@ -233,12 +234,13 @@ def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(run, "Bench", Recorded)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     line = "--model qwen3-8b --model llama32-1b --layers 0 --batch 4 --seq 64 --rank 8 --steps 5 --warmup 2 --rounds 1 --gc on"
-    line += f" --offload --memory-budget inf --engine liger --site liger={tmp_path} --budget 60"
+    line += f" --offload --offload-embedding --memory-budget inf --engine liger --site liger={tmp_path} --budget 60"
     CliRunner().invoke(app, ["bench", "train", *line.split()])
     (b,) = seen
     assert [(s.model, s.layers) for s in b.settings] == [("qwen3-8b", 36), ("llama32-1b", 16)]
     s = b.settings[0]
-    assert (s.batch, s.seq, s.rank, s.steps, s.warmup, s.memory_budget_gib, s.offload) == (4, 64, 8, 5, 2, "inf", True)
+    assert (s.batch, s.seq, s.rank, s.steps, s.warmup, s.memory_budget_gib) == (4, 64, 8, 5, 2, "inf")
+    assert s.offload and s.offload_embedding
     assert b.names == ["hf", "liger", "sparktune"] and b.sites == {"liger": [str(tmp_path)]}
     assert b.rounds == 1 and b.budget == 60 and float(str(s.memory_budget_gib)) == math.inf
 

@@ -44,6 +44,11 @@ def train(
     offload: bool = typer.Option(
         False, "--offload", help="Let sparktune's layer inputs wait in pinned host memory, as Unsloth's always do."
     ),
+    offload_embedding: bool = typer.Option(
+        False,
+        "--offload-embedding",
+        help="Keep sparktune's embedding table in pinned host memory, its room given to activations.",
+    ),
     site: list[str] = typer.Option(
         [], help="ENGINE=DIR: an import root for that engine's processes (may be repeated)."
     ),
@@ -80,11 +85,13 @@ def train(
         raise UserError(
             "--offload moves what checkpointing keeps off the GPU: it needs --gc on and a GPU.", "Leave it out."
         )
+    if offload_embedding and device == "cpu":
+        raise UserError("--offload-embedding moves a table off the GPU: it needs one.", "Leave it out.")
     names = [n for n in NAMES if not engine or n in engine or n in (REFERENCE, OURS)]
     roots = sites(site, names)
     step = {
         "batch": batch, "seq": seq, "packed": packed, "rank": rank, "gc": gc, "steps": steps, "warmup": warmup,
-        "memory_budget_gib": kept, "offload": offload,
+        "memory_budget_gib": kept, "offload": offload, "offload_embedding": offload_embedding,
     }  # fmt: skip
     wanted = [setting(m, layers, device, step) for m in dict.fromkeys(model)]
     need(device)

@@ -93,6 +93,7 @@ def _sparktune(folder: str, s: Setting) -> Built:
     from sparkproof.engines.sparktune import SparktuneEngine
 
     os.environ[yardstick.BUDGET], os.environ[yardstick.OFFLOAD] = str(s.memory_budget_gib), str(int(s.offload))
+    os.environ[yardstick.EMBEDDING] = str(int(s.offload_embedding))
     made = yardstick.build(folder, s)
     model = made["model"]
     return Built(

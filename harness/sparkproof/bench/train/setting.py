@@ -80,6 +80,9 @@ class Setting(Strict):
         default=0.0, description="Of activations that sparktune's layers may keep with checkpointing on."
     )
     offload: bool = Field(default=False, description="Whether sparktune's layer inputs wait in pinned host memory.")
+    offload_embedding: bool = Field(
+        default=False, description="Whether sparktune's embedding table lies there, its bytes given to activations."
+    )
     seed: int = Field(default=SEED, description="Of weights, adapters and tokens.")
     device: Literal["cuda", "cpu"] = Field(description="Where it ran.")
 

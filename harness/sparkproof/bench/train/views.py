@@ -28,7 +28,8 @@ def title(m: ModelSteps) -> str:
     kept = "everything" if s.memory_budget_gib == "inf" else f"{s.memory_budget_gib:g} GiB"
     budget = f", sparktune keeps {kept}" if s.memory_budget_gib else ""
     offload = ", sparktune offloads" if s.offload else ""
-    return f"{s.model}, {layers}, {rows}, rank {s.rank}, checkpointing {s.gc}{budget}{offload}"
+    embedding = ", sparktune's embedding in host memory" if s.offload_embedding else ""
+    return f"{s.model}, {layers}, {rows}, rank {s.rank}, checkpointing {s.gc}{budget}{offload}{embedding}"
 
 
 def around(i: Interval | None) -> str:
