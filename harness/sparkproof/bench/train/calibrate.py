@@ -16,6 +16,7 @@ from sparkproof.bench.train.setting import Setting
 from sparkproof.bench.train.step import labelled_tokens
 
 CALLS = 20
+HOLD_CYCLES = 1_000_000  # about 0.5 ms: the device is busy until a call is queued, so that Python's launch is not timed
 HEAD_ROWS = 4096  # logits of more tokens at once need not fit
 
 
@@ -35,6 +36,7 @@ def time_ms(run: Callable[[], Any], calls: int = CALLS) -> float:
     found = []
     for _ in range(calls):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HOLD_CYCLES)
         start.record()
         run()
         end.record()
