@@ -2,7 +2,8 @@
 
     train      load, ask for the canary, train, ask again, save the adapter
     again      read the adapter back over a fresh base, repeat the first steps, step-0 gradients
-    reference  step-0 gradients of the `hf` engine, once a run for all engines; `hf` itself is held to plain PyTorch
+    reference  step-0 gradients of the `hf` engine, once a run for all engines, and by no process of their own where its case
+               has passed already; `hf` itself is held to plain PyTorch
 
 What they return is judged by `sparkproof.runners.gate`; an exit code proves nothing. A case is trained once a run: the
 result is kept beside the adapter, under a lock, for whoever asks next (`ensure_trained`, used by export cases).
@@ -10,6 +11,7 @@ result is kept beside the adapter, under a lock, for whoever asks next (`ensure_
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from sparkproof.errors import UserError
 from sparkproof.judge.steady import steady
@@ -101,15 +103,32 @@ class Training:
 
     def reference(self) -> Gradients:
         """Gradients of the `hf` engine for this scenario's first batch, made once a run."""
-        key = self.scenario.model_dump_json(include=_REFERENCE_FIELDS) + self.scenario.lora.model_dump_json()
-        stem = self.context.run_dir / "cases" / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        note = stem.with_suffix(".json")
+        stem, note = self._shared()
         with FileLock(f"{stem}.lock"):
             if not note.is_file():
                 result, _ = self.phase("reference", "reference_gradients", gradients=stem)
                 write_json(note, result)
         found: Gradients = json.loads(note.read_text(encoding="utf-8"))
         return found
+
+    def offer(self, own: Gradients) -> None:
+        """Let other engines' cases have these gradients of `hf`, unless some are there or are being made."""
+        stem, note = self._shared()
+        with contextlib.suppress(Timeout), FileLock(f"{stem}.lock", timeout=0):
+            if note.is_file():
+                return
+            given = {}
+            for name, gradients in own.items():
+                file = Path(f"{stem}-{name}.safetensors")
+                shutil.copyfile(gradients["file"], file)
+                given[name] = {k: gradients[k] for k in ("loss", "token_losses")} | {"file": str(file)}
+            write_json(note, given)
+
+    def _shared(self) -> tuple[Path, Path]:
+        """Where the gradients of `hf` lie that all cases of this model, data and LoRA share; and the note of them."""
+        key = self.scenario.model_dump_json(include=_REFERENCE_FIELDS) + self.scenario.lora.model_dump_json()
+        stem = self.context.run_dir / "cases" / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        return stem, stem.with_suffix(".json")
 
 
 _REFERENCE_FIELDS = {"model", "model_dir", "revision", "dataset", "steps", "batch", "seq_len", "seed", "load_in_4bit"}
@@ -156,6 +175,11 @@ def _digest(case: Case) -> str:
     return hashlib.sha256(case.scenario.model_dump_json().encode()).hexdigest()
 
 
+def plain_of(own: Gradients, plain: bool = True) -> Gradients:
+    """Of what `hf` left, the gradients of plain PyTorch over its weights; or its own."""
+    return {n.removeprefix("plain-"): g for n, g in own.items() if n.startswith("plain-") is plain}
+
+
 def _train_and_judge(t: Training) -> CaseResult:
     s, folder = t.scenario, t.folder
     ran, outcome = t.phase("train", "train")
@@ -166,8 +190,7 @@ def _train_and_judge(t: Training) -> CaseResult:
         again, _ = t.phase("again", "again", gradients=folder / "gradients")
         own: Gradients = again["gradients"]
         if s.engine == "hf":
-            plain = {name.removeprefix("plain-"): g for name, g in own.items() if name.startswith("plain-")}
-            agreed = parity(own, plain, "plain PyTorch over the same weights")
+            agreed = parity(own, plain_of(own), "plain PyTorch over the same weights")
         else:
             agreed = parity(own, t.reference(), "hf")
     except PhaseFailed as failure:  # what was measured until then is not lost with it
@@ -181,6 +204,8 @@ def _train_and_judge(t: Training) -> CaseResult:
         assertions += steady(canaries["before"], canaries["after"], ran["during"], t.context.facts)
     trusted = all(a.passed for a in assertions if a.about == "speed")
     verdict, reason = CaseResult.decide(assertions, speed_trusted=trusted)
+    if s.engine == "hf" and verdict in (Verdict.PASSED, Verdict.RETEST):
+        t.offer(plain_of(own, False))
     _write_account(t, ran)
     for scratch in (*(Path(g["file"]) for g in own.values()), folder / "probe.safetensors"):
         scratch.unlink(missing_ok=True)
