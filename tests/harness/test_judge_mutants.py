@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -99,6 +100,24 @@ print(json.dumps({
     assert "gradient of up" in seen["real"][0]["by"]
     assert "mistake in the planting" in seen["typo"]
     assert "fails unmutated" in seen["control"]
+
+
+def test_a_mutant_that_kills_its_process_is_found_and_harms_no_other():
+    mutant = load_op("swiglu").mutants[0]
+    fine = mutants.Trial(mutant.id, "", False, "every check held", 0.0)
+    assert mutants.apart(mutant, "swiglu", lambda: fine) == fine
+    dead = mutants.apart(mutant, "swiglu", lambda: os.kill(os.getpid(), signal.SIGBUS))
+    assert dead.killed and dead.by == "its process died: SIGBUS" and dead.id == mutant.id
+    with pytest.raises(MutantError, match="exit code -9 and no result"):
+        mutants.apart(mutant, "swiglu", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(MutantError, match="ended with exit code 3 and no result"):
+        mutants.apart(mutant, "swiglu", lambda: os._exit(3))
+
+    def stale():
+        raise MutantError("bring the table up to date")
+
+    with pytest.raises(MutantError, match="up to date"):
+        mutants.apart(mutant, "swiglu", stale)
 
 
 def test_a_judge_without_teeth_lets_mutants_live_and_the_document_says_so():

@@ -3,16 +3,21 @@
 A mutant counts as killed only by a failed check. One whose text no longer occurs exactly once, that does not load, or
 that fails by a mistake in the planting (a name that does not exist) is an error of the table, never a kill; and the
 untouched file, loaded the same way, must pass first, or kills would mean nothing.
+
+Each mutant is tried in a fork: interpreted kernels write through bare pointers, so one that goes past a tensor's end spoils the
+process, and the next mutant would fail, or all of it crash, for that. A mutant whose own process crashes is found.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import multiprocessing
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +30,7 @@ from sparkproof.judge.peers import Bounds
 from sparkproof.judge.record import Check, Judgement
 
 TABLE = "\nMUTANTS = "
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 PLANTING_ERRORS = ("NameError", "AttributeError", "SyntaxError", "UnboundLocalError", "CompilationError")
 
 
@@ -113,7 +119,43 @@ def try_mutants(
             bounds.admit(control)
     if failures:
         raise MutantError(f"{spec.name} fails unmutated, so kills would mean nothing: {failures[0].sentence()}")
-    return [_try(spec, m, source, text, dtypes, bounds) for m, text in mutated]
+    return [
+        apart(m, spec.name, lambda m=m, text=text: _try(spec, m, source, text, dtypes, bounds))  # type: ignore[misc]
+        for m, text in mutated
+    ]
+
+
+def apart(mutant: Mutant, op: str, work: Callable[[], Trial]) -> Trial:
+    """What `work` returns or raises as MutantError, in a fork; a kill where that crashes.
+
+    A fork may run backward passes after its parent has, since there is no GPU: autograd starts no threads then. Errors:
+    MutantError, its own or that its process ended without a result.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            theirs.send(work())
+        except MutantError as e:
+            theirs.send(e)
+
+    start, process = time.perf_counter(), context.Process(target=run)
+    process.start()
+    theirs.close()
+    found: Trial | MutantError | None = None
+    with contextlib.suppress(EOFError):
+        found = ours.recv()
+    process.join()
+    if isinstance(found, Trial):
+        return found
+    if found is not None:
+        raise found
+    code = process.exitcode or 0
+    if -code not in CRASHES:  # the machine's doing, such as a kill for want of memory, proves nothing
+        raise MutantError(f"{op}: trying mutant {mutant.id} ended with exit code {code} and no result")
+    by = f"its process died: {signal.Signals(-code).name}"
+    return Trial(mutant.id, mutant.description, True, by, time.perf_counter() - start)
 
 
 def _try(

@@ -103,7 +103,8 @@ def _in_process(name: str, progress: Callable[[str], None]) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "sparkproof.judge.selftest", name]
     done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"the mutants of {name} could not be tried:\n{done.stderr[-4000:]}")
+        ended = f"their process ended with {done.returncode}"
+        raise RuntimeError(f"the mutants of {name} could not be tried, {ended}:\n{done.stderr[-4000:]}")
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 
