@@ -85,6 +85,20 @@ def test_the_end_has_table_failures_report_and_the_sentence_last(tmp_path: Path)
     assert "train/smollm2/135m_qlora_single_device[engine=sparktune]" in text and "3,461 tokens/s" in text
 
 
+def test_a_run_that_took_longer_than_its_profile_means_to_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for minutes, told in ((9, False), (15, True)):
+        reporter, out = plain()
+        now = time.monotonic()
+        reporter.start(1, "x", "quick", "", None, 10)
+        monkeypatch.setattr("sparkproof.report.terminal.time.monotonic", lambda t=now + 60 * minutes: t)
+        reporter.finish(record_of(tmp_path / str(minutes), good_results()))
+        monkeypatch.undo()
+        said = "It took 15 min 00 s, more than the 10 min that profile quick is meant to take." in out.getvalue()
+        assert said is told, out.getvalue()
+
+
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     reporter, out = plain()
     reporter.finish(record_of(tmp_path, [case("k/a")], laptop(), planned_only=("k/b",), interrupted=True))

@@ -54,6 +54,8 @@ class LiveReporter:
         self._live: Live | None = None
         self._muted = False
         self._started = self._told = time.monotonic()
+        self._promised = ""  # how long the profile is meant to take, to be owned up to at the end
+        self._within_s = float("inf")
         self._spent = 0.0  # seconds of cases that ran, skipped ones left out
 
     def start(
@@ -68,6 +70,9 @@ class LiveReporter:
         """Say what is about to happen."""
         self.total = total
         self._started = self._told = time.monotonic()
+        if time_box_minutes:
+            self._within_s = 60 * time_box_minutes
+            self._promised = f"the {time_box_minutes:g} min that profile {profile} is meant to take"
         box = f", within {time_box_minutes:g} min" if time_box_minutes else ""
         what = f"profile {profile}: " if profile else ""
         self._say(Text.assemble((self._safe(facts_sentence), "bold")))
@@ -124,6 +129,9 @@ class LiveReporter:
     def finish(self, run_record: RunRecord) -> None:
         """The end: a table, the failures again, where the report is, and the sentence that matters."""
         self._stop()
+        took = time.monotonic() - self._started
+        if took > self._within_s:
+            self._say(Text(f"It took {duration(took)}, more than {self._promised}.", "dim"))
         for part in closing(run_record, self.console.width, self._safe):
             self._say(part)
 
