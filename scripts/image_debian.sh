@@ -30,6 +30,10 @@ for tool in buildah podman runc mmdebstrap; do
   command -v "$tool" >/dev/null || stop "$tool is missing: sudo apt install buildah podman runc mmdebstrap"
 done
 mkdir -p "$work"
+# 46 GB were used at the peak: three stages of 8 GB, each copied once on its way into the store, and the packages' cache.
+store=$(podman info --format '{{.Store.GraphRoot}}')
+room=$(df --output=avail -B1G "$store" | tail -1 | tr -dc 0-9)
+[ "$room" -ge 50 ] || stop "50 GB must be free for the layers and their copies, and $room are under $store: podman image prune --all gives back what no container uses."
 
 isolation=(--isolation chroot) emulated=() limit=${TRIAL_LIMIT_S:-1800}
 if [ "$arch" != "$(dpkg --print-architecture)" ]; then
