@@ -175,7 +175,7 @@ def test_a_case_is_trained_once_a_run(learnt):
     context, cases, results = learnt
     before = list(context.phases)
     again = train.run(cases["sparktune"], context)
-    assert context.phases == before == ["train", "again", "train", "again", "reference"]
+    assert context.phases == before == ["train", "again", "train", "again"]  # hf's gradients are the reference
     assert again.model_dump() == results["sparktune"].model_dump()
 
 
