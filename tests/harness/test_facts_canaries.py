@@ -23,6 +23,8 @@ class Event:
 
     def record(self) -> None: ...
 
+    def synchronize(self) -> None: ...
+
     def elapsed_time(self, other: Event) -> float:
         return 2.0
 

@@ -8,8 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparktune.models import layer_function, patch_model
-from sparktune.models.checkpointing import ALL, KINDS, NONE, NORMS, WEIGHTS, LayerShape, set_memory_budget, spare, spend
+from sparktune.models import layer_function, offload, patch_model
+from sparktune.models.checkpointing import (
+    ALL,
+    INPUT,
+    KINDS,
+    NONE,
+    NORMS,
+    STORE,
+    WEIGHTS,
+    LayerShape,
+    leaving,
+    set_memory_budget,
+    spare,
+    spend,
+)
+from sparktune.models.graphs import report, use_cuda_graphs
 from sparktune.models.layer_function import DecoderLayer
 from sparktune.models.layer_parts import parts_of
 from sparktune.models.projection import fallbacks, reset_fallbacks
@@ -52,9 +66,12 @@ def keep(model, kinds):
         return
     model.gradient_checkpointing_enable({"use_reentrant": False})
     backbone = model.get_base_model().model
-    backbone._sparktune_kept_for = (0.0, 1, 7)
-    for layer in backbone.layers:
-        layer.keep = frozenset(kinds)
+    store = getattr(backbone, STORE, None)
+    backbone._sparktune_kept_for = (0.0, 1, 7, store)
+    for i, layer in enumerate(backbone.layers):
+        layer.keep, layer.leaving = frozenset(kinds), NONE
+        if store is not None and i < len(backbone.layers) - 1:
+            layer.leaving = frozenset(kinds | {INPUT}) & (ALL | {INPUT})
 
 
 def agree(ours, theirs, data, exact=None):
@@ -166,37 +183,67 @@ class Shelf:
     def begin(self):
         self.began += 1
 
-    def put(self, x):
-        self.out.append(x.clone())
+    def put(self, tensors):
+        self.out.append([(offload.flat(t).clone(), offload.place(t)) for t in tensors])
         return self
 
     def take(self):
-        return self.out.pop()
+        return [offload.placed(*found) for found in self.out.pop()]
 
 
-def test_inputs_may_wait_elsewhere(twins, device):
-    theirs, ours = twins("llama")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_is_kept_may_wait_elsewhere(twins, device, family):
+    theirs, ours = twins(family)
     keep(ours, NONE)
-    first = agree(ours, theirs, batch(device, length=4))
+    first = agree(ours, theirs, batch(device))
     backbone, shelf = ours.get_base_model().model, Shelf()
-    object.__setattr__(backbone, "_sparktune_store", shelf)
+    object.__setattr__(backbone, STORE, shelf)
     for layer in backbone.layers:
         layer.store = shelf
-    agree(ours, theirs, batch(device, length=4), exact=first)
-    assert shelf.began == 1 and not shelf.out
+    for count, kinds in enumerate((NONE, {"attention"}, {"qkv"}, {"residual", "gate_up"}, ALL), 1):
+        keep(ours, kinds)
+        agree(ours, theirs, batch(device), exact=first)
+        assert shelf.began == count and not shelf.out
     keep(ours, None)
-    agree(ours, theirs, batch(device, length=4), exact=first)  # without checkpointing inputs stay
+    agree(ours, theirs, batch(device), exact=first)  # without checkpointing all stay
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU with memory of its own")
-def test_inputs_wait_in_host_memory(twins, device):
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_is_kept_waits_in_host_memory(twins, device, family, recorded, monkeypatch):
+    monkeypatch.setattr(families, "COMMON", families.COMMON | SMALL | {"num_hidden_layers": 5})
+    theirs, ours = twins(family)
+    for kinds in (NONE, ALL):
+        set_memory_budget(ours, 0)
+        keep(ours, kinds)
+        first = agree(ours, theirs, batch(device))
+        set_memory_budget(ours, 0, offload=True)
+        keep(ours, kinds)
+        use_cuda_graphs(ours, recorded)
+        for _ in range(5):
+            agree(ours, theirs, batch(device), exact=first)
+        store = ours.get_base_model().model._sparktune_store
+        assert store._leaving is None and not store._arriving
+        assert bool(store._recorded) is False
+        if recorded:
+            assert report(ours)["steps"] == {"as ever: the shape is new": 2, "recorded": 1, "replayed": 3}
+        use_cuda_graphs(ours, False)
+    assert not fallbacks()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU with memory of its own")
+def test_two_forwards_before_their_backwards_have_host_memory_of_their_own(twins, device):
     theirs, ours = twins("llama")
-    keep(ours, NONE)
-    first = agree(ours, theirs, batch(device))
     set_memory_budget(ours, 0, offload=True)
-    keep(ours, NONE)
-    for _ in range(2):
-        agree(ours, theirs, batch(device), exact=first)
+    keep(ours, ALL)
+    datas = [batch(device), {k: v.flip(1) for k, v in batch(device).items()}]
+    wanted = [agree(ours, theirs, data) for data in datas]
+    losses = [ours(**data, use_cache=False).loss for data in datas]
+    for loss, (_, grads) in zip(losses, wanted, strict=True):
+        ours.zero_grad()
+        loss.backward()
+        assert all(torch.equal(p.grad, grads[n]) for n, p in ours.named_parameters() if p.grad is not None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
@@ -269,6 +316,29 @@ class TestBudget:
             set_memory_budget(ours, -1)
         with pytest.raises(ValueError, match="patch it first"):
             set_memory_budget(torch.nn.Linear(2, 2), 1)
+
+
+class TestLeaving:
+    """What of a layer goes to host memory."""
+
+    LARGE = LayerShape(4096, 4096, 1024, 32, 14336, False, 2)
+
+    def test_as_much_as_is_copied_while_a_layer_runs_and_of_the_last_layer_nothing(self):
+        flops = 2.0 * self.LARGE.weights + self.LARGE.flops_of("attention", 2048)
+        for rate in (0.0, 3e-5, 5e-5, 9e-5, 3e-4):
+            *found, last = leaving(2048, [self.LARGE] * 3, rate)
+            assert last == NONE and found[0] == found[1] and INPUT in found[0]
+            bytes_ = {k: self.LARGE.bytes_of(k) for k in found[0] - {INPUT}}
+            assert sum(bytes_.values()) <= max(0, flops * rate - 8192)
+        assert leaving(2048, [self.LARGE] * 2, 9e-5)[0] == {INPUT, "attention", "residual", "qkv"}
+        assert leaving(2048, [self.LARGE] * 2, 3e-4)[0] == {INPUT, *ALL}
+        assert leaving(2048, [], 1.0) == []
+
+    def test_it_costs_no_budget(self):
+        layer = TestBudget.LAYER
+        away = [frozenset({INPUT, "residual"}), NONE]
+        assert spend(0, 10, 16, [layer] * 2, 0, away) == [{"residual"}, NONE]
+        assert spend(128 * 10, 10, 16, [layer] * 2, 0, away) == [{"residual"}, {"residual"}]
 
 
 class TestHeldWeights:

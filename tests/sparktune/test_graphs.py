@@ -151,6 +151,18 @@ def test_a_number_of_labels_is_not_waited_for_once_it_has_come_twice(pair, monke
     assert of.steps["replayed"] == 3
 
 
+def test_labels_are_counted_once_a_step_whichever_way_it_goes(pair, monkeypatch):
+    _, graphed, of = pair
+    reads = []
+    read = ValidRows.read
+    monkeypatch.setattr(ValidRows, "read", lambda *a: reads.append(1) or read(*a))
+    for prompt in (2, 2, 2, 2, 5):  # as ever, as ever, recorded, replayed, replayed in vain and then as ever
+        reads.clear()
+        step(graphed, **batch(prompt=prompt))
+        assert len(reads) == 1
+    assert of.steps["replayed in vain: another number of labels, or setting"] == 1
+
+
 def test_a_step_of_another_number_than_the_usual_one_is_replayed_anew_with_its_own(pair):
     plain, graphed, of = pair
     for prompt in (2, 2, 2, 2, 5, 5, 5, 5, 2, 2, 5, 2):

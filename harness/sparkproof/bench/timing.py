@@ -19,6 +19,8 @@ from typing import Any, Protocol
 
 import torch
 
+from sparkproof.measure.gpu_time import gpu_ms
+
 TARGET_MS = 10.0  # a sample
 MOST_CALLS = 128  # in one graph; a short one is replayed more often
 EAGER_CALLS = 10
@@ -67,17 +69,15 @@ class Replay:
 
     def sample(self) -> float:
         """Milliseconds a call."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        return gpu_ms(torch, self._batch) / (self.calls * self.replays)
+
+    def _batch(self) -> None:
         if self.graph is not None:
             for _ in range(self.replays):
                 self.graph.replay()
         elif self.run is not None:
             for i in range(self.calls):
                 self.run(i)
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / (self.calls * self.replays)
 
     def free(self) -> None:
         """Drop the graph, its memory and the call."""

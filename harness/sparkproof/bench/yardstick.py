@@ -55,7 +55,7 @@ def build(model_dir: str, a: Any) -> dict[str, Any]:
             p.data = p.data.to(dtype)
     model.train()
     flat = FlatParameters(model.parameters())
-    if a.device == "cuda" and not offload and os.environ.get(GRAPHS) != "0":
+    if a.device == "cuda" and os.environ.get(GRAPHS) != "0":
         graphs.use_cuda_graphs(model)
     step: Callable[..., torch.Tensor] = _step(model, flat)
     notes = {

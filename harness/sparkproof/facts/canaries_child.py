@@ -12,6 +12,7 @@ from typing import Any
 
 from sparkproof.facts.child import say
 from sparkproof.facts.nvml_child import REASONS
+from sparkproof.measure.gpu_time import gpu_ms
 from sparkproof.measure.memory import available_gib, default_floor_gib
 
 GIB = 2.0**30
@@ -38,16 +39,7 @@ def timed_ms(torch: Any, call: Callable[[], Any], repeats: int) -> float:
     while time.perf_counter() - start < WARM_S:
         row()
         torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HOLD_CYCLES)
-        first.record()
-        row()
-        last.record()
-        torch.cuda.synchronize()
-        times.append(first.elapsed_time(last) / IN_A_ROW)
-    return statistics.median(times)
+    return statistics.median(gpu_ms(torch, row, HOLD_CYCLES) / IN_A_ROW for _ in range(repeats))
 
 
 def canaries(torch: Any) -> None:

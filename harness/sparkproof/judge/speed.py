@@ -19,6 +19,7 @@ from sparktune.ops.spec import OpSpec, Outputs, Problem, Tensors, named
 
 from sparkproof.judge import stats
 from sparkproof.judge.families import generator
+from sparkproof.measure.gpu_time import gpu_ms
 
 SAMPLES = 25
 TARGET_MS = 4.0  # one sample; launch gaps and event resolution are then small
@@ -163,13 +164,12 @@ def _differentiable(out: Outputs) -> list[torch.Tensor]:
 
 def _time(run: Callable[[int], Any], calls: int) -> float:
     """Milliseconds a call, over one batch."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for i in range(calls):
-        run(i)
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / calls
+
+    def batch() -> None:
+        for i in range(calls):
+            run(i)
+
+    return gpu_ms(torch, batch) / calls
 
 
 def _calls(run: Callable[[int], Any]) -> int:

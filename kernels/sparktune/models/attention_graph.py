@@ -8,6 +8,7 @@ the place is kept, and they are read from the memory that is there when the back
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class _Inputs:
     def __init__(self, leaves: tuple[Tensor, ...]) -> None:
         self.leaves = leaves
         self.memory: dict[int, int] = {}
+        self.saved: list[weakref.ReferenceType[Tensor]] = []  # what else the graph keeps
         for i, t in enumerate(leaves):
             self.memory.setdefault(t.untyped_storage().data_ptr(), i)
         self.now = leaves
@@ -35,7 +37,9 @@ class _Inputs:
         """What to keep of a tensor that the graph saves: the place of one in q's, k's or v's memory, else its values."""
         at = self.memory.get(t.untyped_storage().data_ptr())
         if at is None or t.numel() == 0:
-            return t.detach()  # `t` can be the graph's own output, whose reference to the graph would close a cycle too
+            kept = t.detach()  # `t` can be the graph's own output, whose reference to the graph would close a cycle too
+            self.saved.append(weakref.ref(kept))
+            return kept
         origin = self.leaves[at]
         return at, t.shape, t.stride(), t.storage_offset() - origin.storage_offset(), t.dtype
 
@@ -59,8 +63,9 @@ class Attended:
         self._inputs = _Inputs(tuple(t.detach().requires_grad_() for t in (q, k, v)))
         hooks = torch.autograd.graph.saved_tensors_hooks(self._inputs.pack, self._inputs.unpack)
         with torch.enable_grad(), hooks:
-            self._output = attend(*self._leaves(), documents, None, scale, window, softcap, sinks)
+            self._output: Any = attend(*self._leaves(), documents, None, scale, window, softcap, sinks)
         self.output = self._output.detach()
+        self._copies: list[tuple[Tensor, torch.Size, tuple[int, ...], int]] = []  # of the output, that the graph keeps
 
     def _leaves(self) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._inputs.leaves
@@ -72,6 +77,26 @@ class Attended:
         for t in self._inputs.leaves:
             t.data = t.new_empty(0)
         self._inputs.now = ()
+
+    def forget_output(self) -> Tensor:
+        """Let go of the output, which is returned; `gradients` then wants it back by `return_output`."""
+        out = self.output
+        memory, offset = out.untyped_storage().data_ptr(), out.storage_offset()
+        for t in (ref() for ref in self._inputs.saved):
+            if t is not None and t.numel() and t.untyped_storage().data_ptr() == memory:
+                self._copies.append((t, t.shape, t.stride(), int(t.storage_offset() - offset)))
+                t.data = t.new_empty(0)
+        # What is differentiated is a place in the graph; a tensor that stood for it would need the output's shape.
+        self._output = torch.autograd.graph.get_gradient_edge(self._output)
+        self.output = out.new_empty(0)
+        return out
+
+    def return_output(self, out: Tensor) -> None:
+        """The output as it was forgotten, in the same layout."""
+        self.output = out
+        for t, shape, strides, offset in self._copies:
+            t.data = out.as_strided(shape, strides, out.storage_offset() + offset)
+        self._copies = []
 
     def gradients(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) for an output gradient [B, S, H, D]; q, k and v as they were, in the same layout. Once."""

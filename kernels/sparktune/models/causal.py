@@ -85,19 +85,22 @@ class CausalLM:
                 given.shape[0], given.shape[1], given.device, attention_mask, position_ids, everything
             )
             everything["documents"] = documents
+        counted = None
         graphs = self.__dict__.get(GRAPHS)
         if graphs is not None and self.training and torch.is_grad_enabled() and _plain(everything):
             own = labels if shifted is None else shifted
             assert input_ids is not None and own is not None
             tokens = rounded(documents, own.numel())
-            replayed = graphs.loss(self, Batch(input_ids, own, shifted is not None, position_ids, tokens, count))
+            batch = Batch(input_ids, own, shifted is not None, position_ids, tokens, count)
+            replayed = graphs.loss(self, batch)
+            counted = batch.valid
             if replayed is not None:
                 return CausalLMOutputWithPast(loss=replayed)
         targets = self._targets(labels, shifted, documents)
-        valid = ValidRows(targets)
+        coming = ValidRows(targets) if counted is None else None
         outputs = self._decoder(**everything)
         hidden = outputs.last_hidden_state
-        loss = self._loss(hidden, targets, valid.read(), count)
+        loss = self._loss(hidden, targets, counted if coming is None else coming.read(), count)
         logits = None if self.training and torch.is_grad_enabled() else self._logits(hidden, logits_to_keep)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,

@@ -38,6 +38,7 @@ KINDS = ("attention", "residual", "qkv", "gate_up")
 ALL = frozenset(KINDS)
 WEIGHTS = "weights"  # besides: the layer's weights in 16 bits
 NORMS = "norms"  # and the rows of both norms
+INPUT = "input"  # what everything that is not kept is made of; kept, on the device or in host memory
 NONE: frozenset[str] = frozenset()
 
 
@@ -85,14 +86,33 @@ class LayerShape:
         return 2.0 * self.hidden * (self.q if kind == "residual" else 2 * self.inner)
 
 
+def leaving(row: int, layers: list[LayerShape], bytes_a_flop: float) -> list[frozenset[str]]:
+    """What each layer's activations go to host memory: its input, and what besides can be copied while the next layer's forward
+    runs, `bytes_a_flop` fast, most time a byte first. Of the last layer nothing: its backward comes next.
+    """
+    found = []
+    for layer in layers[:-1]:
+        flops = 2.0 * layer.weights + layer.flops_of("attention", row)
+        room = flops * bytes_a_flop - layer.hidden * layer.itemsize
+        kinds = {INPUT}
+        for kind in sorted(KINDS, key=lambda k: -layer.flops_of(k, row) / layer.bytes_of(k)):
+            if layer.bytes_of(kind) <= room:
+                room -= layer.bytes_of(kind)
+                kinds.add(kind)
+        found.append(frozenset(kinds))
+    return [*found, NONE] if layers else []
+
+
 def spend(
-    budget: float, tokens: int, row: int, layers: list[LayerShape], spare: float = 0.0
+    budget: float, tokens: int, row: int, layers: list[LayerShape], spare: float = 0.0,
+    leaving: list[frozenset[str]] | None = None,
 ) -> list[frozenset[str]]:  # fmt: skip
     """What each layer keeps: as much as `budget` bytes hold, most time a byte first, the last layers before the first.
 
-    The last layer keeps up to `spare` bytes besides. Where all layers keep all kinds, the rest holds `WEIGHTS`, then `NORMS`.
+    The last layer keeps up to `spare` bytes besides. What is `leaving` for host memory is kept, and costs none. Where all layers
+    keep all kinds, the rest holds `WEIGHTS`, then `NORMS`.
     """
-    kept: list[set[str]] = [set() for _ in layers]
+    kept: list[set[str]] = [set(x & ALL) for x in leaving] if leaving else [set() for _ in layers]
     if layers:
         kept[-1] |= _most(spare, tokens, row, layers[-1])
     offers = [
@@ -150,8 +170,9 @@ def set_memory_budget(model: nn.Module, budget: float, *, offload: bool = False)
     layer can keep in room that the loss leaves unused; inf: all).
 
     Kept is what spares most time a byte; what is left after all activations keeps weights in 16 bits. `offload`: each layer's
-    input waits in pinned host memory, for a GPU that has memory of its own. Errors: ValueError for a negative budget, a model
-    without layers of ours, or a device where offloading frees nothing.
+    input, and of its activations what can be copied without being waited for, wait in pinned host memory, outside the budget, for
+    a GPU that has memory of its own. Errors: ValueError for a negative budget, a model without layers of ours, or a device
+    where offloading frees nothing.
     """
     if budget < 0:
         raise ValueError(f"a memory budget is 0 bytes or more, got {budget}")
@@ -182,7 +203,7 @@ def assign(backbone: Any, batch: int, length: int) -> None:
     layers = [layer for layer in _layers(backbone) if hasattr(layer, "shape_of")]
     if not layers:
         return
-    key = (budget, batch, length)
+    key = (budget, batch, length, store)
     if getattr(backbone, "_sparktune_kept_for", None) == key:
         return
     first = next(backbone.parameters())
@@ -194,7 +215,8 @@ def assign(backbone: Any, batch: int, length: int) -> None:
     )
     logits = loss_chunks.Config.choose(tokens, vocabulary, itemsize, False, 0, DeviceProperties.of(first.device))
     free = spare(tokens, shapes[-1], vocabulary, logits.chunk) if layers[-1] is _layers(backbone)[-1] else 0.0
-    kept = spend(budget, tokens, length, shapes, free)
-    for layer, keep in zip(layers, kept, strict=True):
-        layer.keep = keep
+    away = [NONE] * len(layers) if store is None else leaving(length, shapes, store.bytes_a_flop)
+    kept = spend(budget, tokens, length, shapes, free, away)
+    for layer, keep, leaves in zip(layers, kept, away, strict=True):
+        layer.keep, layer.leaving = keep, leaves
     backbone._sparktune_kept_for = key

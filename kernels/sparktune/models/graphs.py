@@ -75,11 +75,12 @@ def report(model: nn.Module) -> dict[str, Any]:
     return {"graphs": 0, "steps": {}}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """What a step is applied to: ids and labels [B, S], positions [1 or B, S] or None, the number of items or None.
 
-    `shifted`: each label is at the position that is to predict it, as targets are; else at its own token."""
+    `shifted`: each label is at the position that is to predict it, as targets are; else at its own token. `valid`: how many
+    labels count, once that was read, and then nobody need read it again."""
 
     ids: Tensor
     labels: Tensor
@@ -87,6 +88,7 @@ class Batch:
     positions: Tensor | None
     documents: Documents | None
     items: Tensor | float | None
+    valid: int | None = None
 
     def targets(self, model: Any) -> Tensor:
         """Each position's next token [B, S]."""
@@ -165,8 +167,10 @@ class StepGraphs:
 
     def _key(self, shape: tuple[Any, ...], batch: Batch, model: Any, labels_there: Any = None) -> tuple[Any, ...]:
         """The key of a batch and of how many labels count, which is waited for; with an event, counted aside from there on."""
-        if labels_there is None:
-            return (*shape, *_setting(model), ValidRows(batch.targets(model)).read())
+        if batch.valid is None and labels_there is None:
+            batch.valid = ValidRows(batch.targets(model)).read()
+        if batch.valid is not None or labels_there is None:
+            return (*shape, *_setting(model), batch.valid)
         if self._aside is None:
             self._aside = torch.cuda.Stream(batch.labels.device, priority=-1)
         with torch.cuda.stream(self._aside):
@@ -270,6 +274,8 @@ class Recorded:
             with torch.enable_grad():
                 self._forward = record(forward, pool, side)
                 self._backward = record(backward, pool, side)
+                store = getattr(model._decoder, checkpointing.STORE, None)
+                self._on_host = None if store is None else store.lease()
         finally:
             torch.set_autocast_cache_enabled(cached)
         assert self._loss is not None
@@ -354,8 +360,6 @@ def _unfit(model: Any) -> str | None:
     layers = _layers(model)
     if not layers or not all(hasattr(layer, "shape_of") for layer in layers):
         return "a layer does not run whole"
-    if any(layer.store is not None for layer in layers):
-        return "layer inputs are kept in host memory"
     return None
 
 
@@ -363,6 +367,7 @@ def _setting(model: Any) -> tuple[Any, ...]:
     """What a graph depends on besides the batch, and is switched to and fro."""
     return (
         getattr(model._decoder, checkpointing.BUDGET, 0.0),
+        id(getattr(model._decoder, checkpointing.STORE, None)),
         all(layer.gradient_checkpointing for layer in _layers(model)),
     )
 

@@ -41,7 +41,8 @@ class PreNormLayer(OpByOpLayer):
     """
 
     keep: frozenset[str] = NONE
-    store: Any = None  # where inputs wait for the backward, when checkpointing is on; None: on the device
+    store: Any = None  # a `HostStore`, where what is `leaving` waits for the backward when checkpointing is on
+    leaving: frozenset[str] = NONE
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Around `forward`: transformers' checkpointing, but not for a layer that runs whole."""
@@ -55,14 +56,14 @@ class PreNormLayer(OpByOpLayer):
         """hidden_states [B, S, K] -> the same."""
         if whole is not None:
             checkpointed = self.training and self.gradient_checkpointing
-            keep, store = (self.keep, self.store) if checkpointed else (ALL, None)
+            keep, store, leaving = (self.keep, self.store, self.leaving) if checkpointed else (ALL, None, NONE)
             if self.gradient_checkpointing and WEIGHTS in self.keep:
                 keep |= {WEIGHTS}  # in evaluation too: training goes on after it
             else:
                 whole.release()
             batch, length, width = hidden_states.shape
             tables = kwargs["position_embeddings"] if whole.turns else None
-            call = Call(whole, (batch, length), tables, kwargs.get("documents"), keep, store)
+            call = Call(whole, (batch, length), tables, kwargs.get("documents"), keep, store, leaving)
             y: Tensor = DecoderLayer.apply(hidden_states.reshape(-1, width), call, *whole.trained)
             return y.view(hidden_states.shape)
         return super().forward(hidden_states, **kwargs)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sparktune.models.attention_graph import Attended
-from sparktune.models.checkpointing import NORMS, WEIGHTS
+from sparktune.models.checkpointing import INPUT, NONE, NORMS, WEIGHTS
 from sparktune.models.documents import Documents
 from sparktune.models.layer_parts import Group, LayerParts
 from sparktune.models.parts import Tables
@@ -62,7 +62,8 @@ class Call:
     tables: Tables | None  # None: nothing is turned by its position
     documents: Documents | None
     keep: frozenset[str]
-    store: Any = None  # a `HostStore` that takes x until the backward
+    store: Any = None  # a `HostStore`
+    leaving: frozenset[str] = NONE  # what goes there until the backward, of what is kept and x
 
 
 def project(
@@ -182,8 +183,9 @@ class DecoderLayer(torch.autograd.Function):
             if state.attended is not None:
                 state.attended.forget_inputs()
             state.qkv = state.q = state.k = None
-        ctx.stored = None if call.store is None else call.store.put(x)
-        if ctx.stored is None:
+        ctx.left, leaving = _leave(call, x, state)
+        ctx.stored = None if call.store is None else call.store.put(leaving)
+        if INPUT not in call.leaving:
             ctx.save_for_backward(x)
         ctx.call, ctx.state = call, state
         return y
@@ -195,10 +197,41 @@ class DecoderLayer(torch.autograd.Function):
         if ctx.state is None:
             raise RuntimeError("a decoder layer's backward ran twice, and what it kept is gone: call the model again.")
         state, ctx.state = ctx.state, None
-        x = ctx.saved_tensors[0] if ctx.stored is None else ctx.stored.take()
+        x = _return(state, ctx.left, [] if ctx.stored is None else ctx.stored.take())
+        x = ctx.saved_tensors[0] if x is None else x
         needs = ctx.needs_input_grad
         dx, found = backward(ctx.call, x, state, dy, needs[0], needs[2:])
         return dx, None, *found
+
+
+LEAVE = {"residual": ("x1",), "qkv": ("qkv", "q", "k"), "gate_up": ("eu",), "attention": ("attended",)}
+
+
+def _leave(call: Call, x: Tensor, state: State) -> tuple[list[str], list[Tensor]]:
+    """Of x and the state what goes to the store, which then holds it alone, and its names."""
+    names = ["x"] if INPUT in call.leaving else []
+    names += [n for kind, of in LEAVE.items() if kind in call.leaving for n in of if getattr(state, n) is not None]
+    if "qkv" in names and state.attended is not None:
+        state.attended.forget_inputs()
+    found: list[Tensor] = []
+    for name in names:
+        t: Any = x if name == "x" else getattr(state, name)
+        found.append(t.forget_output() if name == "attended" else t)
+        if name not in ("x", "attended"):
+            setattr(state, name, None)
+    return names, found
+
+
+def _return(state: State, names: list[str], back: list[Tensor]) -> Tensor | None:
+    """x if it went to the store; the rest of what did goes where it was."""
+    found = dict(zip(names, back, strict=True))
+    x = found.pop("x", None)
+    if "attended" in found:
+        assert state.attended is not None
+        state.attended.return_output(found.pop("attended"))
+    for name, t in found.items():
+        setattr(state, name, t)
+    return x
 
 
 def backward(
@@ -236,7 +269,7 @@ def backward(
 
     # Gate and up, the second norm, and the sum with the residual's gradient.
     want = any(need[2][::2])
-    row = with_room(deu, p.gate_up.stack.r) if p.gate_up.stack.r else None
+    row = with_room(deu, p.gate_up.stack.r)
     dn2, dtail = _input(call, 2, state, deu, before[2], want, row)
     if state.n2 is None and (want or state.r2 is None):
         state.n2, state.r2 = normed(state.x1, p.norm2, p.eps2, p.order, 0)
@@ -258,7 +291,7 @@ def backward(
 
     # The output projection and attention.
     out = state.attended.output.reshape(x.shape[0], -1)
-    row = with_room(dx1, p.o.stack.r) if p.o.stack.r else None
+    row = with_room(dx1, p.o.stack.r)
     do, dtail = _input(call, 1, state, dx1, before[1], any(need[1][::2]), row)
     _factors(p.o, dx1, out, state.tails[1], dtail, need[1], found, ends[1])
     del out, row
@@ -278,7 +311,7 @@ def backward(
 
     # q, k and v, and the first norm.
     want = any(need[0][::2])
-    row = with_room(dqkv, p.qkv.stack.r) if p.qkv.stack.r else None
+    row = with_room(dqkv, p.qkv.stack.r)
     dn1, dtail = _input(call, 0, state, dqkv, before[0], want, row)
     if state.n1 is None and (want or state.r1 is None):
         state.n1, state.r1 = normed(x, p.norm1, p.eps1, p.order, 0)
@@ -312,7 +345,7 @@ def _row_of(dy: Tensor, r: int) -> Tensor | None:
     """
     last = _WITH_ROOM.pop(dy.device, None)
     ours = last is not None and last.data_ptr() == dy.data_ptr() and last.stride() == dy.stride()
-    return with_room(dy, r) if ours and r else None
+    return with_room(dy, r) if ours else None
 
 
 def _input(

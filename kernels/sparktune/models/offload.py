@@ -1,14 +1,21 @@
-"""Layer inputs in pinned host memory between a step's forward and backward, and the embedding's table there for good, for GPUs
+"""Activations in pinned host memory between a step's forward and backward, and the embedding's table there for good, for GPUs
 that have memory of their own.
 
 With full recompute what grows with depth is each layer's input, 2 bytes x hidden a token (1 GiB for 32 layers of
-Llama-3.1-8B at 4096 tokens). Copies go on a stream of their own while layers compute: out when a layer begins, and back
-while the layer after it runs its backward. A device that shares the host's memory has nothing to gain, and is refused.
+Llama-3.1-8B at 4096 tokens). Copies go on a stream of their own while layers compute: out while the next layer's forward
+runs, and back while that layer's backward does. What of a layer can be copied in that time is free: with 50 GB/s and 600 TFLOP/s
+36 KB a token of such a layer, which is all but gate and up. `HostStore` measures both, `checkpointing.leaving` chooses.
+A device that shares the host's memory has nothing to gain, and is refused.
+
+No memory is recorded for a second stream (`record_stream`), which a CUDA graph would then never use again: the layers' stream
+waits for a copy before it lets go of what is copied, a layer later.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,53 +68,174 @@ def _seen_from(host: Tensor, device: torch.device) -> Tensor:
 
 
 class HostStore:
-    """Where layers put their inputs on one CUDA device. Errors: ValueError on a device that this can't help."""
+    """Where layers put activations on one CUDA device. Errors: ValueError on a device that this can't help.
+
+    `bytes_a_flop`: what can be copied out in the time of a flop in a bf16 product, measured when the store is made.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        refuse(device, "layer inputs", "offload")
+        refuse(device, "activations", "offload")
         self.stream: Any = torch.cuda.Stream(device)
+        self.bytes_a_flop = _bytes_a_flop(device)
+        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)  # pinned buffers by their bytes
+        self._recorded: list[Tensor] = []
+        self._leaving: tuple[Any, Sequence[Tensor]] | None = None  # on their way out: when they are there, and they
+        self._arriving: dict[int, tuple[Any, Sequence[Tensor]]] = {}
         self._last: weakref.ReferenceType[Stored] | None = None
 
     def begin(self) -> None:
-        """A new forward: what is put next has nothing before it."""
+        """A new forward: what is put next has nothing before it. Copies that nobody took are waited for."""
         self._last = None
+        self.join()
+        while self._arriving:
+            torch.cuda.current_stream(self.stream.device).wait_event(self._arriving.popitem()[1][0])
 
-    def put(self, x: Tensor) -> Stored:
-        """Copy x out without waiting."""
+    def put(self, tensors: Sequence[Tensor]) -> Stored:
+        """Copy a layer's tensors out without waiting; after its last layer, none, and what was put before is out."""
+        self.join()
         before = self._last() if self._last is not None else None
-        stored = Stored(self.stream, x, before)
+        stored = Stored(self, tensors, before)
         self._last = weakref.ref(stored)
         return stored
 
+    def join(self) -> None:
+        """The current stream goes on when what was put last is out, and its memory is free."""
+        if self._leaving is not None:
+            torch.cuda.current_stream(self.stream.device).wait_event(self._leaving[0])
+            self._leaving = None
+
+    def lease(self) -> Lease:
+        """Of the buffers that went into a graph since the last call, which nothing else gets while this lives."""
+        held, self._recorded = self._recorded, []
+        return Lease(self, held)
+
+    def buffer(self, size: int) -> Tensor:
+        """`size` pinned bytes. Whoever used them before did so on the store's stream, or on one that it waits for."""
+        free = self._free[size]
+        return free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def give_back(self, buffers: Sequence[Tensor]) -> None:
+        """For later layers to use, or for none where a graph is being recorded that will use them."""
+        if torch.cuda.is_current_stream_capturing():
+            self._recorded += buffers
+            return
+        for b in buffers:
+            self._free[b.numel()].append(b)
+
+    def out(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The bytes of these, on the host once the store's stream is there."""
+        memory = [flat(t) for t in tensors]
+        buffers = [self.buffer(t.numel()) for t in memory]
+        if memory:
+            self._copy(buffers, memory)
+            self._leaving = (self.stream.record_event(), memory)
+        return buffers
+
+    def back(self, buffers: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+        """(when they are there, bytes on the device)."""
+        here = [torch.empty(b.shape, dtype=b.dtype, device=self.stream.device) for b in buffers]
+        self._copy(here, buffers)
+        found = (self.stream.record_event(), here)
+        self._arriving[id(here)] = found
+        return found
+
+    def arrived(self, found: tuple[Any, list[Tensor]]) -> list[Tensor]:
+        """What `back` returned, for the current stream."""
+        event, here = self._arriving.pop(id(found[1]), found)
+        torch.cuda.current_stream(self.stream.device).wait_event(event)
+        return list(here)
+
+    def _copy(self, to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            for a, b in zip(to, of, strict=True):
+                a.copy_(b, non_blocking=True)
+
+
+class Lease:
+    """Buffers of a store that a graph writes to, until this dies with it."""
+
+    def __init__(self, store: HostStore, buffers: list[Tensor]) -> None:
+        self._end = weakref.finalize(self, store.give_back, buffers)
+
 
 class Stored:
-    """One input on the host, on its way there or back."""
+    """What one layer put, on the host, on its way there or back."""
 
-    def __init__(self, stream: Any, x: Tensor, before: Stored | None) -> None:
-        self._stream, self._before, self._device = stream, before, x.device
-        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):
-            self._host.copy_(x, non_blocking=True)
-        x.record_stream(stream)  # its memory is nobody else's until the copy is done
-        self._here: Tensor | None = None
+    def __init__(self, store: HostStore, tensors: Sequence[Tensor], before: Stored | None) -> None:
+        self._store, self._before = store, before
+        self._like = [place(t) for t in tensors]
+        self._buffers = store.out(tensors)
+        self._here: tuple[Any, list[Tensor]] | None = None
 
     def fetch(self) -> None:
-        """Begin the copy back, once."""
+        """Begin the copies back, once."""
         if self._here is None:
-            with torch.cuda.stream(self._stream):
-                self._here = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
-                self._here.copy_(self._host, non_blocking=True)
+            self._here = self._store.back(self._buffers)
 
-    def take(self) -> Tensor:
-        """The input, for the current stream; what was put before it sets out."""
+    def take(self) -> list[Tensor]:
+        """The tensors, for the current stream, strides as they were; what was put before them sets out."""
         self.fetch()
-        here, self._here = self._here, None
-        assert here is not None
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._stream)
-        here.record_stream(current)
+        assert self._here is not None
+        here = self._store.arrived(self._here)
+        self._here = None
+        self._store.give_back(self._buffers)
+        self._buffers = []
         if self._before is not None:
             self._before.fetch()
             self._before = None
-        return here
+        return [placed(b, like) for b, like in zip(here, self._like, strict=True)]
+
+    def __del__(self) -> None:
+        if self._buffers:  # never taken
+            self._store.give_back(self._buffers)
+
+
+Place = tuple[torch.dtype, int, torch.Size, tuple[int, ...]]
+
+
+def place(t: Tensor) -> Place:
+    """(dtype, offset, shape, strides) of a tensor in what `flat` makes of it."""
+    if _whole(t):
+        return t.dtype, int(t.storage_offset()), t.shape, t.stride()
+    return t.dtype, 0, t.shape, torch.empty(t.shape, device="meta").stride()
+
+
+def flat(t: Tensor) -> Tensor:
+    """A tensor's memory as bytes: its storage, with the room in its rows, or of a small part of one a copy."""
+    storage = t.untyped_storage() if _whole(t) else t.contiguous().untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage)
+
+
+def placed(memory: Tensor, at: Place) -> Tensor:
+    """The tensor whose `place` is `at`, over bytes as `flat` returned them."""
+    dtype, offset, shape, strides = at
+    return torch.empty(0, dtype=dtype, device=memory.device).set_(memory.untyped_storage(), offset, shape, strides)
+
+
+def _whole(t: Tensor) -> bool:
+    return t.untyped_storage().nbytes() <= 2 * t.nbytes  # rows of a tiny model have as much room as width
+
+
+def _bytes_a_flop(device: torch.device) -> float:
+    """Bytes to the host in the time of a flop: 64 MiB against products of 4096 in bf16, both as they run here now."""
+    n, size = 4096, 64 * 2**20
+    here, there = (
+        torch.empty(size, dtype=torch.uint8, device=device),
+        torch.empty(size, dtype=torch.uint8, pin_memory=True),
+    )
+    x, y = (torch.empty(n, n, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
+    copy_ms = _once_ms(lambda: there.copy_(here, non_blocking=True), 4)
+    return (size / copy_ms) / (2.0 * n**3 / _once_ms(lambda: torch.mm(x, x, out=y), 20))
+
+
+def _once_ms(work: Callable[[], Any], calls: int) -> float:
+    """Milliseconds of a call, in a row of them after another."""
+    for _ in range(2):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(calls):
+            work()
+        last.record()
+        last.synchronize()
+    return float(first.elapsed_time(last)) / calls

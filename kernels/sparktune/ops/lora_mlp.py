@@ -190,7 +190,7 @@ def _backward(
     if not before:
         return *(dy.new_empty(0) for _ in range(7)), *last  # type: ignore[return-value]
     del dh, h
-    row = with_room(deu, wide.r) if wide.r else None
+    row = with_room(deu, wide.r)
     dx, dtail = input_gradient(
         wide, deu, a[:2], b[:2], z[:2], scales[:2], seed_x, dropout, needs[0], needs[1] or needs[4], row
     )  # fmt: skip

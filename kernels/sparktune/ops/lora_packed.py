@@ -212,9 +212,9 @@ def pack(
 
 
 def with_room(x: Tensor, r: int) -> Tensor | None:
-    """x [M, K] and the `r` columns right of it as one view [M, K + r], where x lies in such a buffer."""
+    """x [M, K] and the `r` columns right of it as one view [M, K + r]: where x lies in such a buffer, and r is not 0."""
     m, k = x.shape
-    if m == 0 or x.stride(1) != 1 or x.stride(0) < k + r:
+    if m == 0 or r == 0 or x.stride(1) != 1 or x.stride(0) < k + r:
         return None
     end = x.storage_offset() + (m - 1) * x.stride(0) + k + r
     if end * x.element_size() > x.untyped_storage().nbytes():

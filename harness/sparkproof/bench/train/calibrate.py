@@ -14,9 +14,10 @@ import torch
 
 from sparkproof.bench.train.setting import Setting
 from sparkproof.bench.train.step import labelled_tokens
+from sparkproof.measure.gpu_time import gpu_ms
 
 CALLS = 20
-HOLD_CYCLES = 1_000_000  # about 0.5 ms: the device is busy until a call is queued, so that Python's launch is not timed
+HOLD_CYCLES = 1_000_000  # about 0.5 ms
 HEAD_ROWS = 4096  # logits of more tokens at once need not fit
 
 
@@ -33,16 +34,7 @@ def time_ms(run: Callable[[], Any], calls: int = CALLS) -> float:
     for _ in range(3):
         run()
     torch.cuda.synchronize()
-    found = []
-    for _ in range(calls):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HOLD_CYCLES)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        found.append(float(start.elapsed_time(end)))
-    return statistics.median(found)
+    return statistics.median(gpu_ms(torch, run, HOLD_CYCLES) for _ in range(calls))
 
 
 def products(s: Setting) -> dict[str, float]:
