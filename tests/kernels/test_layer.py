@@ -5,6 +5,7 @@ import gc
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sparktune.models.checkpointing import (
     KINDS,
     NONE,
     NORMS,
+    OVER,
     STORE,
     WEIGHTS,
     LayerShape,
@@ -183,12 +185,15 @@ class Shelf:
     def begin(self):
         self.began += 1
 
-    def put(self, tensors):
-        self.out.append([(offload.flat(t).clone(), offload.place(t)) for t in tensors])
-        return self
+    def put(self, tensors, first):
+        found = [(offload.flat(t).clone(), offload.place(t)) for t in tensors]
+        self.out.append(found)
+        return SimpleNamespace(first=lambda: self.taken(found, first), rest=lambda: self.taken(found, len(found)))
 
-    def take(self):
-        return [offload.placed(*found) for found in self.out.pop()]
+    def taken(self, found, count):
+        some = found[:count]
+        del found[:count]
+        return [offload.placed(*t) for t in some]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -203,7 +208,7 @@ def test_what_is_kept_may_wait_elsewhere(twins, device, family):
     for count, kinds in enumerate((NONE, {"attention"}, {"qkv"}, {"residual", "gate_up"}, ALL), 1):
         keep(ours, kinds)
         agree(ours, theirs, batch(device), exact=first)
-        assert shelf.began == count and not shelf.out
+        assert shelf.began == count and not any(shelf.out)
     keep(ours, None)
     agree(ours, theirs, batch(device), exact=first)  # without checkpointing all stay
 
@@ -324,13 +329,13 @@ class TestLeaving:
     LARGE = LayerShape(4096, 4096, 1024, 32, 14336, False, 2)
 
     def test_as_much_as_is_copied_while_a_layer_runs_and_of_the_last_layer_nothing(self):
-        flops = 2.0 * self.LARGE.weights + self.LARGE.flops_of("attention", 2048)
+        flops = OVER * (2.0 * self.LARGE.weights + self.LARGE.flops_of("attention", 2048))
         for rate in (0.0, 3e-5, 5e-5, 9e-5, 3e-4):
             *found, last = leaving(2048, [self.LARGE] * 3, rate)
             assert last == NONE and found[0] == found[1] and INPUT in found[0]
             bytes_ = {k: self.LARGE.bytes_of(k) for k in found[0] - {INPUT}}
             assert sum(bytes_.values()) <= max(0, flops * rate - 8192)
-        assert leaving(2048, [self.LARGE] * 2, 9e-5)[0] == {INPUT, "attention", "residual", "qkv"}
+        assert leaving(2048, [self.LARGE] * 2, 7e-5)[0] == {INPUT, "attention", "residual", "qkv"}
         assert leaving(2048, [self.LARGE] * 2, 3e-4)[0] == {INPUT, *ALL}
         assert leaving(2048, [], 1.0) == []
 

@@ -19,6 +19,7 @@ Sources: Hu et al., "LoRA", 2021; Chen et al., "Training Deep Nets with Sublinea
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,15 +125,34 @@ def advance(call: Call, x: Tensor, state: State) -> None:
 
     Used by the forward, where everything is missing, and by the backward, for what was not kept.
     """
-    p, way = call.parts, dispatch.route("decoder_layer", x)
-    tails, serials = list(state.tails), state.serials or (None,) * 4
-    stays = NORMS in call.keep
+    _attend(call, x, state)
+    if state.x1 is None:
+        assert state.attended is not None
+        out, known = state.attended.output.reshape(x.shape[0], -1), state.tails[1]
+        state.x1, tail = project(call, 1, out, onto=x, known=known, serial=_serial(state, 1))
+        _keep_tail(state, 1, tail)
+        dispatch.record("lora_linear", dispatch.route("decoder_layer", x))
+    _feed(call, state)
+
+
+def _serial(state: State, i: int) -> int | None:
+    return state.serials[i] if state.serials else None
+
+
+def _keep_tail(state: State, i: int, tail: Tensor) -> None:
+    state.tails = (*state.tails[:i], tail, *state.tails[i + 1 :])
+
+
+def _attend(call: Call, x: Tensor, state: State) -> None:
+    """Fill in what is missing of q, k and v, and attention."""
+    p, stays = call.parts, NORMS in call.keep
     if state.qkv is None:
         n1, state.r1 = normed(x, p.norm1, p.eps1, p.order, p.qkv.stack.room)
-        state.qkv, tails[0] = project(
-            call, 0, n1, tail_free=True, known=tails[0], serial=serials[0], apart=not stays
+        state.qkv, tail = project(
+            call, 0, n1, tail_free=True, known=state.tails[0], serial=_serial(state, 0), apart=not stays
         )  # fmt: skip
-        dispatch.record("lora_qkv", way)
+        _keep_tail(state, 0, tail)
+        dispatch.record("lora_qkv", dispatch.route("decoder_layer", x))
         state.n1 = n1 if stays else None
         del n1
         place(call, state)
@@ -141,18 +161,20 @@ def advance(call: Call, x: Tensor, state: State) -> None:
     if state.attended is None:
         q, k, v = views(call, state)
         state.attended = Attended(q, k, v, call.documents, p.scale, p.window, None, None)
-    if state.x1 is None:
-        state.x1, tails[1] = project(
-            call, 1, state.attended.output.reshape(x.shape[0], -1), onto=x, known=tails[1], serial=serials[1]
-        )
-        dispatch.record("lora_linear", way)
-    if state.eu is None:
-        state.n2, state.r2 = normed(state.x1, p.norm2, p.eps2, p.order, p.gate_up.stack.room)
-        state.eu, tails[2] = project(
-            call, 2, state.n2, tail_free=True, room=p.gate_up.stack.room_out, known=tails[2], serial=serials[2],
-            apart=not stays,
-        )  # fmt: skip
-    state.tails = tuple(tails)
+
+
+def _feed(call: Call, state: State) -> None:
+    """Make gate and up of x1, where they are missing."""
+    if state.eu is not None:
+        return
+    assert state.x1 is not None
+    p = call.parts
+    state.n2, state.r2 = normed(state.x1, p.norm2, p.eps2, p.order, p.gate_up.stack.room)
+    state.eu, tail = project(
+        call, 2, state.n2, tail_free=True, room=p.gate_up.stack.room_out, known=state.tails[2],
+        serial=_serial(state, 2), apart=NORMS not in call.keep,
+    )  # fmt: skip
+    _keep_tail(state, 2, tail)
 
 
 class DecoderLayer(torch.autograd.Function):
@@ -184,7 +206,7 @@ class DecoderLayer(torch.autograd.Function):
                 state.attended.forget_inputs()
             state.qkv = state.q = state.k = None
         ctx.left, leaving = _leave(call, x, state)
-        ctx.stored = None if call.store is None else call.store.put(leaving)
+        ctx.stored = None if call.store is None else call.store.put(leaving, sum(n in FIRST for n in ctx.left))
         if INPUT not in call.leaving:
             ctx.save_for_backward(x)
         ctx.call, ctx.state = call, state
@@ -197,20 +219,33 @@ class DecoderLayer(torch.autograd.Function):
         if ctx.state is None:
             raise RuntimeError("a decoder layer's backward ran twice, and what it kept is gone: call the model again.")
         state, ctx.state = ctx.state, None
-        x = _return(state, ctx.left, [] if ctx.stored is None else ctx.stored.take())
-        x = ctx.saved_tensors[0] if x is None else x
-        needs = ctx.needs_input_grad
-        dx, found = backward(ctx.call, x, state, dy, needs[0], needs[2:])
+        stored, needs = ctx.stored, ctx.needs_input_grad
+        x = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        if stored is None:
+            assert x is not None
+            dx, found = backward(ctx.call, x, state, dy, needs[0], needs[2:])
+            return dx, None, *found
+        first = stored.first()
+        _return(state, ctx.left[: len(first)], first)
+
+        def rest() -> Tensor:
+            found = _return(state, ctx.left[len(first) :], stored.rest())
+            arrived = x if found is None else found
+            assert arrived is not None
+            return arrived
+
+        dx, found = backward(ctx.call, rest, state, dy, needs[0], needs[2:])
+        stored.rest()
         return dx, None, *found
 
 
-LEAVE = {"residual": ("x1",), "qkv": ("qkv", "q", "k"), "gate_up": ("eu",), "attention": ("attended",)}
+LEAVE = {"residual": ("x1",), "gate_up": ("eu",), INPUT: ("x",), "qkv": ("qkv", "q", "k"), "attention": ("attended",)}
+FIRST = ("x1", "eu")  # what a backward begins with; the rest may arrive while it is at gate and up
 
 
 def _leave(call: Call, x: Tensor, state: State) -> tuple[list[str], list[Tensor]]:
     """Of x and the state what goes to the store, which then holds it alone, and its names."""
-    names = ["x"] if INPUT in call.leaving else []
-    names += [n for kind, of in LEAVE.items() if kind in call.leaving for n in of if getattr(state, n) is not None]
+    names = [n for kind, of in LEAVE.items() if kind in call.leaving for n in of if getattr(state, n, x) is not None]
     if "qkv" in names and state.attended is not None:
         state.attended.forget_inputs()
     found: list[Tensor] = []
@@ -235,9 +270,10 @@ def _return(state: State, names: list[str], back: list[Tensor]) -> Tensor | None
 
 
 def backward(
-    call: Call, x: Tensor, state: State, dy: Tensor, need_dx: bool, needs: tuple[bool, ...]
+    call: Call, x: Tensor | Callable[[], Tensor], state: State, dy: Tensor, need_dx: bool, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """(dx, the gradients of `LayerParts.trained`); consumes the state."""
+    """(dx, the gradients of `LayerParts.trained`); consumes the state. x may be what waits for it, and for what of the state
+    is not needed before the layer's second half is done."""
     p = call.parts
     dy = dispatch.rows(dy)
     found: list[Tensor | None] = [None] * len(needs)
@@ -250,8 +286,13 @@ def backward(
     before[1] = before[1] or norms[0] or norms[2] or norms[3]
     before[2] = before[2] or before[1]
     before[3] = before[3] or before[2] or norms[1]
-    advance(call, x, state)
-    assert state.x1 is not None and state.eu is not None and state.attended is not None
+    if callable(x) and state.x1 is None:
+        x = x()
+    if callable(x):
+        _feed(call, state)
+    else:
+        advance(call, x, state)
+    assert state.x1 is not None and state.eu is not None
 
     # Down, and the activation: h over dh, which nobody else reads.
     want = any(need[3][::2])
@@ -290,6 +331,10 @@ def backward(
     state.x1 = None
 
     # The output projection and attention.
+    if callable(x):
+        x = x()
+        _attend(call, x, state)
+    assert state.attended is not None
     out = state.attended.output.reshape(x.shape[0], -1)
     row = with_room(dx1, p.o.stack.r)
     do, dtail = _input(call, 1, state, dx1, before[1], any(need[1][::2]), row)

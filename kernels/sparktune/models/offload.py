@@ -3,9 +3,9 @@ that have memory of their own.
 
 With full recompute what grows with depth is each layer's input, 2 bytes x hidden a token (1 GiB for 32 layers of
 Llama-3.1-8B at 4096 tokens). Copies go on a stream of their own while layers compute: out while the next layer's forward
-runs, and back while that layer's backward does. What of a layer can be copied in that time is free: with 50 GB/s and 600 TFLOP/s
-36 KB a token of such a layer, which is all but gate and up. `HostStore` measures both, `checkpointing.leaving` chooses.
-A device that shares the host's memory has nothing to gain, and is refused.
+runs, and back shortly before they are read. What of a layer can be copied in the time of a forward is free: with an H200's
+55 GB/s and 780 TFLOP/s 39 KB a token of such a layer, which is all but gate and up. `HostStore` measures both,
+`checkpointing.leaving` chooses. A device that shares the host's memory has nothing to gain, and is refused.
 
 No memory is recorded for a second stream (`record_stream`), which a CUDA graph would then never use again: the layers' stream
 waits for a copy before it lets go of what is copied, a layer later.
@@ -90,11 +90,14 @@ class HostStore:
         while self._arriving:
             torch.cuda.current_stream(self.stream.device).wait_event(self._arriving.popitem()[1][0])
 
-    def put(self, tensors: Sequence[Tensor]) -> Stored:
-        """Copy a layer's tensors out without waiting; after its last layer, none, and what was put before is out."""
+    def put(self, tensors: Sequence[Tensor], first: int) -> Stored:
+        """Copy a layer's tensors out without waiting; after its last layer, none, and what was put before is out.
+
+        The `first` of them come back before the rest.
+        """
         self.join()
         before = self._last() if self._last is not None else None
-        stored = Stored(self, tensors, before)
+        stored = Stored(self, tensors, first, before)
         self._last = weakref.ref(stored)
         return stored
 
@@ -160,30 +163,52 @@ class Lease:
 
 
 class Stored:
-    """What one layer put, on the host, on its way there or back."""
+    """What one layer put, on the host, on its way there or back.
 
-    def __init__(self, store: HostStore, tensors: Sequence[Tensor], before: Stored | None) -> None:
+    Its backward takes the `first` of it, which has set out before, and then the `rest`, which sets out now and is there when
+    it is wanted: what was put before sets out no earlier, so that only one layer's lies on the device where most is in use.
+    """
+
+    def __init__(self, store: HostStore, tensors: Sequence[Tensor], first: int, before: Stored | None) -> None:
         self._store, self._before = store, before
-        self._like = [place(t) for t in tensors]
-        self._buffers = store.out(tensors)
+        like, buffers = [place(t) for t in tensors], store.out(tensors)
+        self._first = Lot(store, like[:first], buffers[:first])
+        self._rest = Lot(store, like[first:], buffers[first:])
+
+    def first(self) -> list[Tensor]:
+        """The first of the tensors, for the current stream, strides as they were."""
+        self._first.fetch()
+        self._rest.fetch()
+        return self._first.take()
+
+    def rest(self) -> list[Tensor]:
+        """The others; what was put before sets out. None, a second time."""
+        found = self._rest.take()
+        if self._before is not None:
+            self._before._first.fetch()
+            self._before = None
+        return found
+
+
+class Lot:
+    """Tensors that come back together."""
+
+    def __init__(self, store: HostStore, like: list[Place], buffers: list[Tensor]) -> None:
+        self._store, self._like, self._buffers = store, like, buffers
         self._here: tuple[Any, list[Tensor]] | None = None
 
     def fetch(self) -> None:
         """Begin the copies back, once."""
-        if self._here is None:
+        if self._here is None and self._buffers:
             self._here = self._store.back(self._buffers)
 
     def take(self) -> list[Tensor]:
-        """The tensors, for the current stream, strides as they were; what was put before them sets out."""
-        self.fetch()
-        assert self._here is not None
-        here = self._store.arrived(self._here)
-        self._here = None
+        """The tensors, once."""
+        if self._here is None:
+            return []
+        here, self._here = self._store.arrived(self._here), None
         self._store.give_back(self._buffers)
         self._buffers = []
-        if self._before is not None:
-            self._before.fetch()
-            self._before = None
         return [placed(b, like) for b, like in zip(here, self._like, strict=True)]
 
     def __del__(self) -> None:
