@@ -234,7 +234,10 @@ class ComparisonScenario(OnOneModel):
     seq_len: int = Field(default=2048, ge=16, description="Tokens a row.")
     warm_up: int = Field(default=4, ge=1, description="Steps before the first block; the first is compared with hf's.")
     steps: int = Field(default=4, ge=1, description="Steps of a block.")
-    rounds: int = Field(default=6, ge=2, description="Blocks of each engine, in turn with the others'.")
+    rounds: int = Field(default=6, ge=2, description="Blocks of each engine at least, in turn with the others'.")
+    more_rounds_s: float = Field(
+        default=45, ge=0, description="Further rounds are run, four times as many in all at most, while this lasts."
+    )
 
     @model_validator(mode="after")
     def _validate_engines(self) -> ComparisonScenario:

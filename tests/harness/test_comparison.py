@@ -36,7 +36,15 @@ MS = {"hf": 20.0, "sparktune": 10.0}
 
 
 def case(**more: Any) -> Case:
-    body = {"kind": "comparison", "summary": "stand-ins of engines", "shape": "tiny", "rounds": 3, "steps": 2, **more}
+    body = {
+        "kind": "comparison",
+        "summary": "stand-ins of engines",
+        "shape": "tiny",
+        "rounds": 3,
+        "steps": 2,
+        "more_rounds_s": 0,
+        **more,
+    }
     return Case(name="comparison/tiny", file="c.yaml", scenario=ComparisonScenario.model_validate(body))
 
 
@@ -100,6 +108,17 @@ def stage(tmp_path: Path) -> Stage:
 
 def rows(result: CaseResult) -> dict[str, Any]:
     return {r["engine"]: r for r in result.evidence["engines"]}
+
+
+def test_further_rounds_are_run_while_they_are_cheap_but_no_more_than_four_times_as_many(stage: Stage) -> None:
+    result = comparison.run(case(more_rounds_s=60), stage)
+    assert result.verdict is Verdict.PASSED, result.reason
+    assert stage.order[-2:] == ["sparktune 12", "hf 12"]
+    assert {m.conditions["rounds"] for m in result.measurements} == {12}
+    stage.order.clear()
+    comparison.run(case(more_rounds_s=0.1), stage)
+    taken = max(int(x.split()[1]) for x in stage.order if x.startswith("hf "))
+    assert 3 <= taken < 12
 
 
 def test_engines_take_turns_block_by_block(stage: Stage) -> None:

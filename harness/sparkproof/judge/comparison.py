@@ -159,10 +159,11 @@ def _during(sides: list[Side]) -> dict[str, Any]:
 def _measurements(
     sides: list[Side], rows: list[dict[str, Any]], s: ComparisonScenario, before: dict[str, Any], on_gpu: bool
 ) -> list[Measurement]:
+    rounds = max((len(x.blocks) for x in sides if x.seen), default=0)
     conditions = {
         **{k: v for k, v in _during(sides).items() if k != "slowdowns"},
         **{f"canary_{k}": before[k] for k in ("copy_gb_s", "gemv_gb_s", "gemm_tflops") if k in before},
-        "mode": "gpu" if on_gpu else "host", "batch": s.batch, "seq_len": s.seq_len, "rounds": s.rounds,
+        "mode": "gpu" if on_gpu else "host", "batch": s.batch, "seq_len": s.seq_len, "rounds": rounds,
         "steps_a_block": s.steps,
     }  # fmt: skip
     found: list[Measurement] = []

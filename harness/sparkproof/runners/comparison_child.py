@@ -107,7 +107,7 @@ class _Side:
 
     def _block(self, number: int) -> list[float]:
         """Milliseconds of each step; nothing waits for the device between them."""
-        progress(f"{self.name}: block {number + 1} of {self.s.rounds}")
+        progress(f"{self.name}: block {number + 1}")
         marks: list[Any] = []
         with under_test("a block of steps"):
             for inputs in self.batches[self.s.warm_up :]:
