@@ -13,9 +13,10 @@ from sparkproof.judge.targets import TARGETS
 
 LIMITS = """
 import json, sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 sys.path.insert(0, {here!r})
 import aot_kernels as k
+from sparkproof.judge import aot
 from sparkproof.judge.aot import judge
 from sparkproof.judge.targets import TARGETS
 from sparktune.ops.spec import Launch
@@ -23,8 +24,17 @@ def launch(kernel, warps, stages=3, **flags):
     tensors = {{n: "*bf16" if n[0] in "ab" and kernel is k.tile else "*fp32" for n in kernel.arg_names if n.endswith("_ptr")}}
     signature = tensors | {{"n": "i32"}} | dict.fromkeys(flags, "constexpr")
     return Launch("planted", kernel.fn.__name__, signature, flags, warps, stages)
-def row(kernel, arch, *a, **f):
-    return asdict(judge("planted", launch(kernel, *a, **f), kernel, TARGETS[arch]))
+def row(kernel, arch, *a, known=None, **f):
+    return asdict(judge("planted", launch(kernel, *a, **f), kernel, TARGETS[arch], known))
+def family(known):
+    shapes = [dict(BLOCK=64, DEPTH=d, stages=2) for d in (32, 64)]
+    return [row(k.tile, arch, 4, known=known, **s) for arch in ("sm_121", "sm_120") for s in shapes]
+known, compiled = {{}}, []
+compile_ = aot._compile
+aot._compile = lambda launch, kernel, target: (compiled.append(target.name), compile_(launch, kernel, target))[1]
+together = family(known)
+full = list(compiled)
+wrong = {{key: replace(made, arch="sm_121", ptx=made.ptx.replace("add", "sub")) for key, made in known.items() if len(key) > 2}}
 print(json.dumps({{
     "fits": row(k.tile, "sm_121", 8, BLOCK=128, DEPTH=32, stages=2),
     "again": row(k.tile, "sm_121", 8, BLOCK=128, DEPTH=32, stages=2),
@@ -32,6 +42,10 @@ print(json.dumps({{
     "big_elsewhere": row(k.tile, "sm_90", 8, BLOCK=128, DEPTH=256, stages=1),
     "spills": row(k.crowded, "sm_121", 1, BLOCK=4096),
     "wrong": row(k.tile, "sm_121", 8, BLOCK=100, DEPTH=32),
+    "together": together,
+    "compiled": full,
+    "apart": [row(k.tile, "sm_120", 4, BLOCK=64, DEPTH=d, stages=2) for d in (32, 64)],
+    "other": row(k.tile, "sm_120", 4, known=wrong, BLOCK=64, DEPTH=32, stages=2),
 }}))
 """
 
@@ -53,6 +67,18 @@ def test_a_tile_that_fits_passes_with_its_numbers(planted):
     assert row["passed"] and not row["reason"]
     assert 0 < row["shared_bytes"] <= row["shared_limit"] == 101376
     assert 0 < row["registers"] <= 255 and row["spills"] == 0
+
+
+def test_what_was_compiled_for_one_of_a_family_is_assembled_for_the_other_once_that_is_proven(planted):
+    assert planted["compiled"] == ["sm_121", "sm_121", "sm_120"]
+    plain = [r | {"seconds": 0} for r in planted["together"]]
+    assert plain[2:] == [r | {"seconds": 0} for r in planted["apart"]]
+    assert [r["arch"] for r in plain] == ["sm_121", "sm_121", "sm_120", "sm_120"] and all(r["passed"] for r in plain)
+
+
+def test_where_one_of_a_family_gets_other_code_it_says_so(planted):
+    assert not planted["other"]["passed"]
+    assert "Triton makes other code for sm_120 than for sm_121" in planted["other"]["reason"]
 
 
 def test_what_lies_in_the_cache_has_the_same_numbers(planted):

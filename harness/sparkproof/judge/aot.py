@@ -4,6 +4,9 @@ limits.
 Triton itself enforces none: a tile of 147456 bytes of shared memory compiles for sm_121 without complaint and fails
 at its first launch. Shared memory comes from the compiled kernel's metadata; registers and spills from the log of the
 assembler that Triton bundles for the target and runs. What lies in Triton's cache has no log and is compiled again.
+
+Targets of one family (sm_120 and sm_121) get the same PTX but for its target's name, so a configuration that was compiled for
+one of them is only assembled for the other, a fifth of the time; the first of each op is compiled for both, to prove it.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import triton
@@ -32,6 +35,7 @@ SCHEMA = "sparkproof/compile-kernels/1"
 TOGETHER = 4  # ops a process, whose imports cost 4 s of CPU time and 14 configurations of an op on a target 6 s
 ALIGNED = [["tt.divisibility", 16]]  # what Triton assumes of a tensor's pointer, and vectorises by
 USED = re.compile(r"Used (\d+) registers")
+TARGET = re.compile(r"^\.target sm_\w+", re.MULTILINE)
 SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -97,18 +101,38 @@ def compile_all(
     }
 
 
-def compile_op(spec: OpSpec, target: Target, module: Mapping[str, Any], dtypes: Sequence[str] = ()) -> list[Row]:
+def compile_op(
+    spec: OpSpec, target: Target, module: Mapping[str, Any], dtypes: Sequence[str] = (), known: Known | None = None
+) -> list[Row]:
     """All configurations `spec` can choose on the target's device, in this process; `module` holds its kernels."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError(
             "Triton was imported with TRITON_INTERPRET=1: interpreting and compiling need separate processes."
         )
     launches = [x for x in spec.launches(target.device) if not dtypes or x.dtype in dtypes]
-    return [judge(spec.name, launch, module[launch.kernel], target) for launch in launches]
+    known = {} if known is None else known
+    return [judge(spec.name, launch, module[launch.kernel], target, known) for launch in launches]
 
 
-def judge(op: str, launch: Launch, kernel: Any, target: Target) -> Row:
-    """Compile one configuration and hold it to the target's limits. A compiler error fails the row with its text."""
+@dataclass
+class Made:
+    """What a family's PTX was for one configuration, and its bytes of shared memory."""
+
+    arch: str
+    ptx: str
+    shared: int
+
+
+Known = dict[
+    Any, Made
+]  # (op, family, configuration) -> what was made; (op, family) -> what proved that it serves all of it
+
+
+def judge(op: str, launch: Launch, kernel: Any, target: Target, known: Known | None = None) -> Row:
+    """Compile one configuration and hold it to the target's limits. A compiler error fails the row with its text.
+
+    `known` is filled with what was made, and read where it was made for another target of the family.
+    """
     start = time.perf_counter()
     about: dict[str, Any] = dict(
         op=op, arch=target.name, kernel=launch.kernel, configuration=launch.when, dtype=launch.dtype,
@@ -116,7 +140,7 @@ def judge(op: str, launch: Launch, kernel: Any, target: Target) -> Row:
         shared_limit=target.shared_limit,
     )  # fmt: skip
     try:
-        shared, log = _compile(launch, kernel, target)
+        shared, log = _made(op, launch, kernel, target, {} if known is None else known)
         registers, spills = _used(log, target)
     except Exception as e:  # whatever the compiler raises is the finding
         return Row(**about, passed=False, reason=f"does not compile: {_last_line(e)}", seconds=_since(start))
@@ -141,8 +165,57 @@ def excess(registers: int, spills: int, shared: int, num_warps: int, target: Tar
     return "; ".join(found)
 
 
-def _compile(launch: Launch, kernel: Any, target: Target) -> tuple[int, str]:
-    """(bytes of shared memory, the assembler's log)."""
+def _made(op: str, launch: Launch, kernel: Any, target: Target, known: Known) -> tuple[int, str]:
+    """(bytes of shared memory, the assembler's log), of what is known of the family where that is proven to serve."""
+    family = target.capability // 10
+    key = (op, family, *(str(getattr(launch, f.name)) for f in fields(launch)))
+    there = known.get(key)
+    if there is None or there.arch == target.name or (op, family) not in known:
+        made, log = _compile(launch, kernel, target)
+        if there is not None and there.arch != target.name:
+            if TARGET.sub("", there.ptx) != TARGET.sub("", made.ptx) or there.shared != made.shared:
+                raise RuntimeError(f"Triton makes other code for {target.name} than for {there.arch}")
+            known[op, family] = made
+        known[key] = made
+        return made.shared, log
+    name = TARGET.search(known[op, family].ptx)
+    assert name is not None
+    return there.shared, _assemble(TARGET.sub(name[0], there.ptx), launch, target)
+
+
+def _options(launch: Launch) -> dict[str, Any]:
+    """As `dispatch.launch` launches."""
+    return {
+        "num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": launch.fp_fusion,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[io.StringIO]:
+    """What the assembler says, of kernels from no cache."""
+    log = io.StringIO()
+    knobs = triton.knobs
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True  # assembling a second time to read it would take a fifth of the gate
+        knobs.compilation.always_compile = True
+        yield log
+
+
+def _assemble(ptx: str, launch: Launch, target: Target) -> str:
+    """The assembler's log of PTX, by Triton's own last stage."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    backend = make_backend(GPUTarget("cuda", target.capability, 32))
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, backend.parse_options(_options(launch)), None)
+    with _told() as log:
+        stages["cubin"](ptx, {})
+    return log.getvalue()
+
+
+def _compile(launch: Launch, kernel: Any, target: Target) -> tuple[Made, str]:
+    """(what Triton made, the assembler's log)."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -155,16 +228,9 @@ def _compile(launch: Launch, kernel: Any, target: Target) -> tuple[int, str]:
         constexprs={(names.index(n),): v for n, v in launch.constexprs.items()},
         attrs={(i,): ALIGNED for i, n in enumerate(names) if launch.signature[n].startswith("*")},
     )
-    # As `dispatch.launch` launches.
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    options["enable_fp_fusion"] = launch.fp_fusion
-    log = io.StringIO()
-    knobs = triton.knobs
-    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
-        knobs.nvidia.dump_ptxas_log = True  # assembling a second time to read it would take a fifth of the gate
-        knobs.compilation.always_compile = True
-        compiled = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options=options)
-    return int(compiled.metadata.shared), log.getvalue()
+    with _told() as log:
+        compiled = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options=_options(launch))
+    return Made(target.name, compiled.asm["ptx"], int(compiled.metadata.shared)), log.getvalue()
 
 
 def _used(log: str, target: Target) -> tuple[int, int]:
@@ -206,7 +272,8 @@ def _main(names: str, archs: str, dtypes: str) -> None:
         spec = load_op(name)
         module = vars(sys.modules[f"sparktune.ops.{name}"])
         wanted = [d for d in dtypes.split(",") if d]
-        rows += [r for arch in archs.split(",") for r in compile_op(spec, TARGETS[arch], module, wanted)]
+        known: Known = {}
+        rows += [r for arch in archs.split(",") for r in compile_op(spec, TARGETS[arch], module, wanted, known)]
     print(json.dumps([asdict(r) for r in rows]))
 
 
