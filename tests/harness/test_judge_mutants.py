@@ -127,12 +127,12 @@ def test_a_judge_without_teeth_lets_mutants_live_and_the_document_says_so():
 judge._Trial.compare = lambda self, *a, **k: None
 judge.promises.laws = lambda *a: None
 judge._Trial.users = lambda self, *a: None
-spec = dataclasses.replace(spec, sizes=few, exact=None, mutants=spec.mutants[:3])
+spec = dataclasses.replace(spec, sizes=few, exact=None, mutants=spec.mutants[:1])
 selftest.load_op = lambda name: spec
 print(json.dumps(selftest.one("swiglu")))
 """
     )
-    assert row["killed"] == 0 and row["total"] == 3 and len(row["survivors"]) == 3
+    assert row["killed"] == 0 and row["total"] == 1 and len(row["survivors"]) == 1
 
 
 def test_the_document_of_a_whole_op():

@@ -41,6 +41,7 @@ def test_the_playbook_leaves_orphans_and_caches(tmp_path: Path) -> None:
     assert not (tmp_path / "cases/rollback-playbook_leftovers/machine").exists()
 
 
+@pytest.mark.slow  # 25 s; the same case is in profile smoke, which CI validates after the tests
 def test_ours_leaves_nothing(tmp_path: Path) -> None:
     result = run(case("sparkproof_clean"), tmp_path)
     assert result.verdict is Verdict.PASSED, result
