@@ -1,6 +1,9 @@
 """The plan: a model's own sizes, parts that add up, and what a budget buys."""
 
+import json
+import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import families
 import pytest
@@ -99,3 +102,47 @@ def test_wrong_questions_are_named():
     with pytest.raises(ValueError, match="above 0"):
         Ceilings("x", 1.0, 1.0, 1.0, 0.0, 1.0, 1, "", True)
     assert torch.isfinite(torch.tensor(plan(replace(LLAMA, layers=1), documents=4096).step_ms))
+
+
+def test_what_waits_in_host_memory_buys_time_for_no_memory_of_the_device():
+    here, there = plan(LLAMA, "h100", budget=1e9), plan(LLAMA, "h100", budget=1e9, offload=True)
+    assert there.peak < here.peak and there.step_ms < here.step_ms
+    assert there.kept["residual"] == 32 and there.bytes["kept activations"] <= 1e9
+    table = plan(LLAMA, "h100", budget=1e9, offload=True, offload_embedding=True)
+    assert table.peak == pytest.approx(there.peak - 128256 * 4096 * 2)
+    with pytest.raises(ValueError, match="nothing is kept in host memory for GB10"):
+        plan(LLAMA, "gb10", offload=True)
+
+
+YARDSTICK = Path(__file__).parents[2] / "reports/published/yardstick"
+SHAPES = {"llama31-8b": LLAMA, "qwen3-8b": ModelShape("Qwen3-8B", 36, 4096, 12288, 32, 8, 128, 151936, head_norms=True)}
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "offload"),
+    [
+        ("llama31-8b_8l_2x2048", 0.13, ""),
+        ("llama31-8b_8l_2x2048_host_embedding", 0.13, "table"),
+        ("llama31-8b_8l_2x2048_host_memory", 0.13, "all"),
+        ("llama31-8b_8l_2x2048_budget", INF, ""),
+        ("llama31-8b_32l_2x2048_host_memory", 0.13, "all"),
+        ("llama31-8b_32l_2x2048_budget", INF, ""),
+        ("llama31-8b_8l_4x4096_host_memory", 2.0, "all"),
+        ("llama31-8b_8l_4x4096_budget", INF, ""),
+        ("qwen3-8b_8l_2x2048_host_memory", 0.25, "all"),
+        ("qwen3-8b_8l_2x2048_budget", INF, ""),
+    ],
+)
+def test_measured_steps_are_as_planned(name, budget, offload):
+    """Memory within 5% and time within 15%, of steps on a card of an H100's multiprocessors."""
+    document = json.loads((YARDSTICK / f"{name}.json").read_text())
+    c = document["config"]
+    ours = [r for r in document["results"] if r["engine"].startswith("ours")]
+    shape = replace(SHAPES[c["model"]], layers=c["layers"])
+    budget = budget * 2**30 + (shape.vocabulary * shape.hidden * 2 if offload else 0)
+    p = plan(
+        shape, "h100", batch=c["batch"], sequence=c["seq"], budget=budget,
+        offload=offload == "all", offload_embedding=bool(offload),
+    )  # fmt: skip
+    assert p.peak / 2**30 == pytest.approx(max(r["warmup_peak_alloc_gib"] for r in ours), rel=0.05)
+    assert p.step_ms == pytest.approx(statistics.median(r["step_ms"] for r in ours), rel=0.15)

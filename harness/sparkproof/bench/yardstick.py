@@ -4,7 +4,7 @@
 "bf16"), gc ("on" or "off"), batch, seq and packed. Environment variables:
 
     SPARKTUNE_MEMORY_BUDGET_GIB     what activations may take with gc on: a number, or "inf"; 0 unless set
-    SPARKTUNE_OFFLOAD=1             layer inputs wait in pinned host memory
+    SPARKTUNE_OFFLOAD=1             activations wait in pinned host memory, as many as are copied in time
     SPARKTUNE_OFFLOAD_EMBEDDING=1   the embedding's table lies there, and its bytes are activations' too
     SPARKTUNE_CUDA_GRAPHS=0         Python starts every kernel of every step, instead of replaying recorded steps
 """

@@ -42,7 +42,7 @@ def train(
         "0", help="GiB of activations that sparktune may keep with checkpointing on, or inf; for sparktune only."
     ),
     offload: bool = typer.Option(
-        False, "--offload", help="Let sparktune's layer inputs wait in pinned host memory, as Unsloth's always do."
+        False, "--offload", help="Let sparktune's activations wait in pinned host memory, as Unsloth's layer inputs do."
     ),
     offload_embedding: bool = typer.Option(
         False,

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparktune.models.checkpointing import ALL, KINDS, NORMS, WEIGHTS, LayerShape, spare, spend
+from sparktune.models.checkpointing import ALL, INPUT, KINDS, NONE, NORMS, WEIGHTS, LayerShape, leaving, spare, spend
 from sparktune.ops.lora_packed import behind
 from sparktune.planning.ceilings import DEVICES, Ceilings
 from sparktune.planning.shapes import ModelShape
@@ -68,14 +68,16 @@ class Plan:
 def plan(
     model: Any, device: Ceilings | str = "gb10", *, batch: int = 2, sequence: int = 2048, rank: int = 16,
     budget: float = 0.0, documents: int = 1, load_in_4bit: bool = True, lora_itemsize: int = 4,
-    checkpointing: bool = True,
+    checkpointing: bool = True, offload: bool = False, offload_embedding: bool = False,
 ) -> Plan:  # fmt: skip
     """Predict a step of `model` (a `ModelShape`, a transformers model or configuration) on a device ("gb10", "h100").
 
     LoRA of `rank` on all seven projections, its optimiser 8-bit AdamW; `budget` bytes for activations, as
     `set_memory_budget` takes it (inf: all stay, and weights in 16 bits too), of which without `checkpointing` there is none: then
-    all activations stay and no weights do. `documents` a row, packed.
-    Errors: ValueError for an unknown device, sizes below 1, or a model that is not a dense decoder.
+    all activations stay and no weights do. `documents` a row, packed. `offload`, `offload_embedding`: what goes to host memory,
+    as `set_memory_budget` and `FastLanguageModel.from_pretrained` take them.
+    Errors: ValueError for an unknown device, sizes below 1, a model that is not a dense decoder, or offloading on a device whose
+    ceilings have no speed of copies to the host, such as one that shares its memory.
     """
     if isinstance(device, str):
         if device.lower() not in DEVICES:
@@ -87,11 +89,16 @@ def plan(
     tokens, row = batch * sequence, -(-sequence // documents)
     rows = min(tokens, max(1024, CHUNK * device.sms // shape.vocabulary))
     free = spare(tokens, shape.layer(), shape.vocabulary, rows)
-    kept = spend(budget, tokens, row, [shape.layer()] * shape.layers, free) if checkpointing else [ALL] * shape.layers
+    if (offload or offload_embedding) and not device.to_host:
+        raise ValueError(f"nothing is kept in host memory for {device.name}: leave offload and offload_embedding False")
+    layers = [shape.layer()] * shape.layers
+    away = leaving(row, layers, device.to_host / device.gemm) if offload else [NONE] * shape.layers
+    kept = spend(budget, tokens, row, layers, free, away) if checkpointing else [ALL] * shape.layers
     budget = budget if checkpointing else math.inf
     counts = {kind: sum(kind in k for k in kept) for kind in (*KINDS, WEIGHTS, NORMS)}
     return Plan(
-        device, shape, batch, sequence, _bytes(shape, tokens, rank, kept, load_in_4bit, lora_itemsize, rows, budget),
+        device, shape, batch, sequence,
+        _bytes(shape, tokens, rank, kept, away, load_in_4bit, lora_itemsize, rows, budget, offload_embedding),
         _milliseconds(shape, tokens, row, rank, kept, load_in_4bit, device), counts,
     )  # fmt: skip
 
@@ -101,10 +108,12 @@ def _bytes(
     tokens: int,
     rank: int,
     kept: list[frozenset[str]],
+    away: list[frozenset[str]],
     load_in_4bit: bool,
     lora_itemsize: int,
     rows: int,
     budget: float,
+    table_away: bool,
 ) -> dict[str, float]:
     layer, trained = s.layer(), s.lora_elements(rank) * s.layers
     ranks = {n: -(-c * rank // 16) * 16 for n, c in (("qkv", 3), ("o", 1), ("gate_up", 2), ("down", 1))}
@@ -112,20 +121,27 @@ def _bytes(
         n: (width, k, behind(k, ranks[n]), behind(width, ranks[n])) for n, (width, k) in s.projections.items()
     }  # fmt: skip
     buffers = {n: (w + ranks[n]) * (k + room) * 2 for n, (w, k, room, _) in widths.items()}
-    alive = [tokens * sum(layer.bytes_of(kind) for kind in k - {WEIGHTS}) for k in kept]
+    own = [tokens * sum(layer.bytes_of(kind) for kind in k - {WEIGHTS}) for k in kept]  # of a layer in its backward
+    alive = [tokens * sum(layer.bytes_of(kind) for kind in k - a - {WEIGHTS}) for k, a in zip(kept, away, strict=True)]
     stay = min(float(sum(alive)), budget)
     held = [sum(buffers.values()) * (WEIGHTS in k) for k in kept]
     # At the end of the forward everything kept is there beside the loss; in a layer's backward what it and those before keep.
     phases: list[float] = [sum(alive) + rows * (s.vocabulary + s.hidden) * 2 + 3 * tokens * s.hidden * 2]
+    if any(away):  # what the last layer but one puts there lies here until the last layer's forward is done
+        out = own[-2] - alive[-2] + tokens * s.hidden * 2
+        made = tokens * sum(layer.bytes_of(kind) for kind in KINDS if kind not in kept[-1])
+        down = tokens * (s.inner + widths["down"][2] + s.hidden) * 2 + buffers["down"]
+        phases.append(sum(alive) + out + made + down)
     for i, k in enumerate(kept):
         remade = tokens * sum(layer.bytes_of(kind) for kind in KINDS if kind not in k)
         written = dict.fromkeys(buffers, 0) if held[i] else buffers
-        phases.append(sum(alive[: i + 1]) + remade + _backward(s, layer, tokens, widths, written))
+        phases.append(sum(alive[:i]) + own[i] + remade + _backward(s, layer, tokens, widths, written))
     return {
         "weights": s.layer_weights * s.layers * (NF4 if load_in_4bit else 2),
-        "embedding and head": s.vocabulary * s.hidden * 2 * (1 if s.tied else 2),
+        "embedding and head": s.vocabulary * s.hidden * 2 * (1 if s.tied or table_away else 2),
         "LoRA, gradients, moments": trained * (2 * lora_itemsize + 2),
-        "layer inputs": tokens * s.hidden * 2 * (s.layers + 1),
+        # One that waits in host memory is here in its layer's backward.
+        "layer inputs": tokens * s.hidden * 2 * (sum(INPUT not in a for a in away) + any(away) + 1),
         "low-rank products": tokens * sum(ranks.values()) * 2 * s.layers,
         "kept activations": stay,
         "weights kept in 16 bits": float(sum(held)),

@@ -79,7 +79,7 @@ class Setting(Strict):
     memory_budget_gib: float | Literal["inf"] = Field(
         default=0.0, description="Of activations that sparktune's layers may keep with checkpointing on."
     )
-    offload: bool = Field(default=False, description="Whether sparktune's layer inputs wait in pinned host memory.")
+    offload: bool = Field(default=False, description="Whether sparktune's activations wait in pinned host memory.")
     offload_embedding: bool = Field(
         default=False, description="Whether sparktune's embedding table lies there, its bytes given to activations."
     )
