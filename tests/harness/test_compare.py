@@ -64,6 +64,14 @@ def test_an_interval_that_spans_1_is_no_difference(tmp_path, spread, samples, ju
     assert len(compare(*runs(tmp_path, [a], [b])).regressions) == judged
 
 
+def test_a_cpus_speed_is_told_and_not_judged(tmp_path):
+    for mode in ("host", "reference"):
+        c = compare(*runs(tmp_path / mode, [train(mode=mode)], [train(tokens=450, mode=mode)]))
+        assert c.exit_code == 0 and not c.regressions and not c.improvements
+        assert c.on_cpu[0].measurement == "tokens_per_s" and c.on_cpu[0].ratio == 0.5
+        assert "not judged, a CPU's: 0.5 x" in comparing.text(c) and "0 worse" in comparing.text(c)
+
+
 def test_the_tolerance_is_what_may_be_worse(tmp_path):
     pair = runs(tmp_path, [train()], [train(load=4.3)])
     assert [c.measurement for c in compare(*pair).regressions] == ["load_s"]

@@ -6,7 +6,8 @@ comparison is for: versions, driver, the checkout's commit; those are named.
 
 A measurement is worse when its 95% bootstrap interval of the ratio lies beyond 1 on the wrong side, and its value by more than
 the tolerance. One without repeated samples has no interval and is held to the tolerance and to what it says of its own noise.
-A case that passed and does not is worse than any percentage.
+A case that passed and does not is worse than any percentage. Speeds of a CPU are told and not judged: no canary says how fast it
+was just then, and of two like runs a minute apart one was 0.70 (0.66 to 0.83) times as fast as the other (a virtual machine).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sparkproof.report.runrecord import RunRecord
 from sparkproof.results import CaseResult, Measurement, Strict, Verdict
 
 SCHEMA: Literal["sparkproof/compare/1"] = "sparkproof/compare/1"
+ON_CPU = ("host", "reference", "interpreter")  # ways of running
 FEWEST = 5  # samples, of each run, for an interval
 
 
@@ -46,7 +48,7 @@ class Change(Strict):
     low: float | None = Field(description="Lower end of the ratio's 95% interval; None without samples.")
     high: float | None
     worse: float = Field(description="How many times worse b is than a; below 1: better.")
-    judged: Literal["regression", "improvement", "no difference"]
+    judged: Literal["regression", "improvement", "no difference", "a CPU's"]
 
 
 class Turned(Strict):
@@ -73,6 +75,7 @@ class Comparison(Strict):
     retest: list[str] = Field(description="Cases of b whose speed could not be judged.")
     regressions: list[Change] = Field(description="Worst first.")
     improvements: list[Change] = Field(description="Best first.")
+    on_cpu: list[Change] = Field(default=[], description="Speeds of a CPU that differ: told, not judged. Worst first.")
     compared: int = Field(description="Measurements that both have and that have a direction.")
 
     @property
@@ -107,6 +110,7 @@ def compare(a: RunRecord, b: RunRecord, tolerance: float = 0.05) -> Comparison:
             found.retest.append(name)
         elif Verdict.RETEST is not x.verdict:
             changes += _changes(x, y, tolerance)
+    found.on_cpu = sorted((c for c in changes if c.judged == "a CPU's"), key=lambda c: -c.worse)
     found.compared = len(changes)
     found.regressions = sorted((c for c in changes if c.judged == "regression"), key=lambda c: -c.worse)
     found.improvements = sorted((c for c in changes if c.judged == "improvement"), key=lambda c: c.worse)
@@ -177,7 +181,11 @@ def _differences(a: RunRecord, b: RunRecord) -> list[Unlike]:
 def _changes(a: CaseResult, b: CaseResult, tolerance: float) -> list[Change]:
     new = {m.name: m for m in b.measurements}
     pairs = [(m, new[m.name]) for m in a.measurements if m.name in new and m.higher_is_better is not None]
-    return [c for x, y in pairs if x.unit == y.unit if (c := _change(a.name, x, y, tolerance)) is not None]
+    found = [c for x, y in pairs if x.unit == y.unit if (c := _change(a.name, x, y, tolerance)) is not None]
+    for c in found:
+        if b.mode in ON_CPU and _is_time(c) and c.judged != "no difference":
+            c.judged = "a CPU's"
+    return found
 
 
 def _change(case: str, a: Measurement, b: Measurement, tolerance: float) -> Change | None:
@@ -192,7 +200,7 @@ def _change(case: str, a: Measurement, b: Measurement, tolerance: float) -> Chan
     worse = 1 / ratio if a.higher_is_better else ratio
     certain = low is None or high is None or not low <= 1 <= high
     certain = certain and abs(b.value - a.value) > max(a.noise, b.noise)
-    judged: Literal["regression", "improvement", "no difference"] = "no difference"
+    judged: Literal["regression", "improvement", "no difference", "a CPU's"] = "no difference"
     if certain and worse > 1 + tolerance:
         judged = "regression"
     elif certain and worse < 1 / (1 + tolerance):
@@ -214,6 +222,7 @@ def text(c: Comparison) -> str:
     lines += [f"RETEST    {name}" for name in c.retest]
     lines += [f"mended    {t.case}: {t.a.value} -> {t.b.value}" for t in c.mended]
     lines += [f"better    {_line(x)}" for x in c.improvements]
+    lines += [f"not judged, a CPU's: {_line(x)}" for x in c.on_cpu]
     worse = len(c.broke) + len(c.regressions)
     lines.append(
         f"{worse} worse, {len(c.mended) + len(c.improvements)} better, of {c.compared} measurements compared; "
