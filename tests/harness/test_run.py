@@ -63,6 +63,9 @@ class Runner:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # in the background a shell's programs ignore it
         )
 
     def runs(self) -> list[Path]:
