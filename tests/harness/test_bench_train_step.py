@@ -29,6 +29,7 @@ def by_name(d: Document) -> dict[str, EngineSteps]:
     return {e.name: e for e in d.models[0].engines}
 
 
+@pytest.mark.slow  # 33 s: four processes that import everything
 def test_the_whole_road_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

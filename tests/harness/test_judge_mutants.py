@@ -135,6 +135,7 @@ print(json.dumps(selftest.one("swiglu")))
     assert row["killed"] == 0 and row["total"] == 1 and len(row["survivors"]) == 1
 
 
+@pytest.mark.slow
 def test_the_document_of_a_whole_op():
     document = selftest.kernels(["quantize_scales"])
     assert document["schema"] == "sparkproof/selftest-kernels/2"
