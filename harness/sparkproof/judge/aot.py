@@ -110,7 +110,6 @@ def compile_op(
             "Triton was imported with TRITON_INTERPRET=1: interpreting and compiling need separate processes."
         )
     launches = [x for x in spec.launches(target.device) if not dtypes or x.dtype in dtypes]
-    known = {} if known is None else known
     return [judge(spec.name, launch, module[launch.kernel], target, known) for launch in launches]
 
 
@@ -123,9 +122,8 @@ class Made:
     shared: int
 
 
-Known = dict[
-    Any, Made
-]  # (op, family, configuration) -> what was made; (op, family) -> what proved that it serves all of it
+# (op, family, configuration) -> what was made; (op, family) -> what proved that it serves all of it
+Known = dict[Any, Made]
 
 
 def judge(op: str, launch: Launch, kernel: Any, target: Target, known: Known | None = None) -> Row:

@@ -124,18 +124,17 @@ def _bytes(
     own = [tokens * sum(layer.bytes_of(kind) for kind in k - {WEIGHTS}) for k in kept]  # of a layer in its backward
     alive = [tokens * sum(layer.bytes_of(kind) for kind in k - a - {WEIGHTS}) for k, a in zip(kept, away, strict=True)]
     stay = min(float(sum(alive)), budget)
+    remade = [tokens * sum(layer.bytes_of(kind) for kind in KINDS if kind not in k) for k in kept]
     held = [sum(buffers.values()) * (WEIGHTS in k) for k in kept]
     # At the end of the forward everything kept is there beside the loss; in a layer's backward what it and those before keep.
     phases: list[float] = [sum(alive) + rows * (s.vocabulary + s.hidden) * 2 + 3 * tokens * s.hidden * 2]
     if any(away):  # what the last layer but one puts there lies here until the last layer's forward is done
         out = own[-2] - alive[-2] + tokens * s.hidden * 2
-        made = tokens * sum(layer.bytes_of(kind) for kind in KINDS if kind not in kept[-1])
         down = tokens * (s.inner + widths["down"][2] + s.hidden) * 2 + buffers["down"]
-        phases.append(sum(alive) + out + made + down)
-    for i, k in enumerate(kept):
-        remade = tokens * sum(layer.bytes_of(kind) for kind in KINDS if kind not in k)
+        phases.append(sum(alive) + out + remade[-1] + down)
+    for i in range(s.layers):
         written = dict.fromkeys(buffers, 0) if held[i] else buffers
-        phases.append(sum(alive[:i]) + own[i] + remade + _backward(s, layer, tokens, widths, written))
+        phases.append(sum(alive[:i]) + own[i] + remade[i] + _backward(s, layer, tokens, widths, written))
     return {
         "weights": s.layer_weights * s.layers * (NF4 if load_in_4bit else 2),
         "embedding and head": s.vocabulary * s.hidden * 2 * (1 if s.tied or table_away else 2),
