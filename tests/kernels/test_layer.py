@@ -4,22 +4,23 @@ import copy
 import gc
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from sparktune.models import layer_function, offload, patch_model
+from sparktune.models import checkpointing, layer_function, layer_mlp, offload, patch_model
 from sparktune.models.checkpointing import (
-    ALL,
     INPUT,
-    KINDS,
     NONE,
     NORMS,
     OVER,
     STORE,
     WEIGHTS,
     LayerShape,
+    all_of,
+    kinds_of,
     leaving,
     set_memory_budget,
     spare,
@@ -35,6 +36,7 @@ from sparktune.ops.weights import Weight
 sys.path.insert(0, str(Path(__file__).parents[1] / "sparktune"))
 import families
 
+KINDS, ALL = kinds_of(1), all_of(1)
 pytestmark = [pytest.mark.kernels(together=True), pytest.mark.filterwarnings("ignore")]
 SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40,
@@ -73,7 +75,7 @@ def keep(model, kinds):
     for i, layer in enumerate(backbone.layers):
         layer.keep, layer.leaving = frozenset(kinds), NONE
         if store is not None and i < len(backbone.layers) - 1:
-            layer.leaving = frozenset(kinds | {INPUT}) & (ALL | {INPUT})
+            layer.leaving = frozenset(kinds | {INPUT}) - {WEIGHTS, NORMS}
 
 
 def agree(ours, theirs, data, exact=None):
@@ -100,9 +102,57 @@ def test_it_is_transformers_layer_whatever_it_keeps(twins, device, family):
     assert {"rms_norm", "add_rms_norm", "lora_qkv", "lora_linear", "lora_mlp"} <= set(marks)
     assert not any(ways["reference"] for ways in marks.values())
     assert not fallbacks()
-    for kinds in ({"attention"}, {"qkv", "gate_up"}) if family == "qwen3" else (NONE,):
+    for kinds in ({"attention"}, {"qkv", "gate_up0"}) if family == "qwen3" else (NONE,):
         keep(ours, kinds)
         agree(ours, theirs, batch(device), exact=first)
+
+
+@pytest.fixture
+def three_strips(monkeypatch):
+    """Seven rows as three, three and one."""
+    monkeypatch.setattr(checkpointing, "STRIP", 3)
+    monkeypatch.setattr(checkpointing, "WHOLE", 3)
+
+
+def test_a_layer_in_strips_is_the_same_layer_whichever_it_keeps(twins, device, three_strips):
+    theirs, ours = twins("llama")
+    assert layer_mlp.cut(7, checkpointing.strips_of(7)) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    first = agree(ours, theirs, batch(device))
+    for kinds in (NONE, {"gate_up0", "gate_up2", "residual"}, all_of(3) | {WEIGHTS, NORMS}):
+        keep(ours, kinds)
+        agree(ours, theirs, batch(device), exact=first)
+    assert not fallbacks()
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "layers.0.mlp", "layers.0.mlp.down", "nothing but norms"])
+def test_strips_of_what_is_frozen_get_nothing(twins, device, three_strips, frozen):
+    theirs, ours = twins("llama")
+    for model in (theirs, ours):
+        for name, p in model.named_parameters():
+            if frozen == "nothing but norms":
+                p.requires_grad_("norm" in name)
+            elif frozen in name:
+                p.requires_grad_(False)
+    keep(ours, {"gate_up1"})
+    agree(ours, theirs, batch(device))
+
+
+def test_one_strip_of_gate_and_up_is_there_at_a_time(twins, device, three_strips, monkeypatch):
+    _, ours = twins("llama")
+    keep(ours, NONE)
+    made, rows = [], []
+    real = layer_mlp._feed
+
+    def feed(call, strip, x1, p):
+        gc.collect()
+        assert not [t for t in made if t() is not None]
+        real(call, strip, x1, p)
+        made.append(weakref.ref(strip.eu.untyped_storage()))
+        rows.append(len(strip.eu))
+
+    monkeypatch.setattr(layer_mlp, "_feed", feed)
+    families.step(ours, **batch(device))
+    assert rows == [3, 3, 1] * 2 + [1, 3, 3] * 2  # two layers, forward and again
 
 
 def test_packed_documents_stay_apart(twins, device):
@@ -168,7 +218,9 @@ def test_nothing_outlives_what_the_budget_lets_it_keep(twins, device):
             if type(node).__name__ == f"{DecoderLayer.__name__}Backward":
                 states.append(node.state)
         assert len(states) == 2
-        alive[kinds] = [[getattr(s, n) is not None for n in ("qkv", "attended", "x1", "eu")] for s in states]
+        alive[kinds] = [
+            [t is not None for t in (s.qkv, s.attended, s.x1, *(strip.eu for strip in s.strips))] for s in states
+        ]
         inputs = weakref.ref(loss)
         del loss, node, stack, states
         gc.collect()
@@ -185,6 +237,9 @@ class Shelf:
     def begin(self):
         self.began += 1
 
+    def join(self):
+        pass
+
     def put(self, tensors, first):
         found = [(offload.flat(t).clone(), offload.place(t)) for t in tensors]
         self.out.append(found)
@@ -197,7 +252,7 @@ class Shelf:
 
 
 @pytest.mark.parametrize(
-    ("family", "sets"), [("llama", [NONE, {"residual", "gate_up"}]), ("qwen3", [{"attention"}, ALL])]
+    ("family", "sets"), [("llama", [NONE, {"residual", "gate_up0"}]), ("qwen3", [{"attention"}, ALL])]
 )
 def test_what_is_kept_may_wait_elsewhere(twins, device, family, sets):
     theirs, ours = twins(family)
@@ -213,6 +268,19 @@ def test_what_is_kept_may_wait_elsewhere(twins, device, family, sets):
         assert shelf.began == count and not any(shelf.out)
     keep(ours, None)
     agree(ours, theirs, batch(device), exact=first)  # without checkpointing all stay
+
+
+def test_some_strips_may_wait_elsewhere(twins, device, three_strips):
+    theirs, ours = twins("llama")
+    keep(ours, NONE)
+    first = agree(ours, theirs, batch(device))
+    shelf = Shelf()
+    object.__setattr__(ours.get_base_model().model, STORE, shelf)
+    for layer in ours.get_base_model().model.layers:
+        layer.store = shelf
+    keep(ours, {"gate_up0", "gate_up2", "qkv"})
+    agree(ours, theirs, batch(device), exact=first)
+    assert not any(shelf.out)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU with memory of its own")
@@ -280,7 +348,7 @@ class TestBudget:
 
     def test_all_of_it_and_no_more(self):
         each = {k: self.LAYER.bytes_of(k) for k in KINDS}
-        assert each == {"attention": 144, "residual": 128, "qkv": 256, "gate_up": 512}
+        assert each == {"attention": 144, "residual": 128, "qkv": 256, "gate_up0": 512}
         for budget in (0, 1000, 5000, 144 * 10, 10**9):
             kept = spend(budget, 10, 16, [self.LAYER] * 3)
             weights = self.LAYER.weight_bytes * sum(WEIGHTS in layer for layer in kept)
@@ -290,16 +358,34 @@ class TestBudget:
             left = [k for layer in kept for k in KINDS if k not in layer]
             assert not left or budget - spent < min(10 * each[k] for k in left)
 
+    def test_a_budget_is_spent_in_strips_the_last_of_every_layer_first(self):
+        cut = replace(self.LAYER, strips=4)
+        assert cut.bytes_of("gate_up0") * 4 == self.LAYER.bytes_of("gate_up0")
+        assert cut.flops_of("gate_up0", 16) * 4 == self.LAYER.flops_of("gate_up0", 16)
+        rest = {"attention", "residual", "qkv"}
+        each = 10 * sum(cut.bytes_of(k) for k in rest)
+        kept = spend(2 * each + 10 * 128 * 5, 10, 4096, [cut] * 2)
+        assert kept == [rest | {"gate_up3", "gate_up2"}, rest | {"gate_up3", "gate_up2", "gate_up1"}]
+        assert spend(2 * each + 10 * 128 * 8, 10, 4096, [cut] * 2) == [cut.all] * 2
+        room = 10 * (144 + 2 * 128 + 127)
+        assert spend(0, 10, 4096, [cut] * 2, room) == [NONE, {"attention", "gate_up3", "gate_up2"}]
+
+    def test_strips_need_less_room_in_a_backward(self):
+        large = LayerShape(4096, 4096, 1024, 32, 14336, False, 2)
+        one, four = (spare(16384, replace(large, strips=n), 128256, 1024) for n in (1, 4))
+        rows = 16384 * 2
+        assert one - four == rows * (0.75 * 28672 - 14336 / 4 - 4096 / 4) - 14336 * 4096 * 2
+
     def test_long_rows_keep_attention_first_and_the_last_layers_before_the_first(self):
         assert spend(144 * 10, 10, 4096, [self.LAYER] * 3) == [NONE, NONE, {"attention"}]
         assert spend(144 * 20, 10, 4096, [self.LAYER] * 3) == [NONE, {"attention"}, {"attention"}]
 
     def test_the_last_layer_fills_its_spare_room_whatever_the_budget(self):
         """The largest kind first would leave 20 of 660 bytes a token, and spare less than the other three."""
-        assert self.LAYER.flops_of("gate_up", 1) > self.LAYER.flops_of("qkv", 1)
+        assert self.LAYER.flops_of("gate_up0", 1) > self.LAYER.flops_of("qkv", 1)
         room = 10 * (512 + 128 + 20)
-        assert spend(0, 10, 16, [self.LAYER] * 3, room) == [NONE, NONE, {"gate_up", "residual"}]
-        assert spend(0, 10, 16, [self.LAYER] * 2, 10 * 640 - 1) == [NONE, {"gate_up"}]
+        assert spend(0, 10, 16, [self.LAYER] * 3, room) == [NONE, NONE, {"gate_up0", "residual"}]
+        assert spend(0, 10, 16, [self.LAYER] * 2, 10 * 640 - 1) == [NONE, {"gate_up0"}]
         assert spend(0, 10, 16, [self.LAYER] * 2, 10 * 500) == [NONE, {"residual", "qkv"}]
         assert spend(128 * 10, 10, 16, [self.LAYER] * 2, 10**9) == [{"residual"}, ALL]
 
@@ -340,6 +426,11 @@ class TestLeaving:
         assert leaving(2048, [self.LARGE] * 2, 7e-5)[0] == {INPUT, "attention", "residual", "qkv"}
         assert leaving(2048, [self.LARGE] * 2, 3e-4)[0] == {INPUT, *ALL}
         assert leaving(2048, [], 1.0) == []
+
+    def test_some_strips_go_where_all_would_be_too_much(self):
+        cut = replace(self.LARGE, strips=8)
+        assert leaving(2048, [self.LARGE] * 2, 9e-5)[0] == {INPUT, "attention", "residual", "qkv"}
+        assert leaving(2048, [cut] * 2, 9e-5)[0] == {INPUT, "residual", "qkv", "gate_up7", "gate_up6"}
 
     def test_it_costs_no_budget(self):
         layer = TestBudget.LAYER

@@ -5,7 +5,7 @@ What can be kept of a layer, and what each spares (per token; K hidden width, I 
     attention   its output and log-sum-exp   attention's forward, 2 S heads head_dim flops at 0.6 of a GEMM's speed
     residual    the sum after attention      the output projection, 2 heads head_dim K flops
     qkv         q, k and v, and head norms'  their projection, 2 K (q + 2 kv) flops
-    gate_up     gate and up                  theirs, 4 K I flops
+    gate_up     gate and up                  theirs, 4 K I flops; by strips of rows, see `layer_mlp`
 
 A byte of any of the last three spares K flops; of attention S, slower. So attention goes first where rows are longer than 0.6
 of the width, and the rest in order of size. Layers at the end come first, since they are kept for the shortest time.
@@ -23,6 +23,7 @@ Source of the idea: Korthikanti et al., "Reducing Activation Recomputation in La
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -34,17 +35,42 @@ from sparktune.ops import loss_chunks
 from sparktune.ops.device import DeviceProperties
 
 ROOM = 64  # columns beside a norm's row, for LoRA of up to 64 ranks in all and whole lines of 128 bytes
-KINDS = ("attention", "residual", "qkv", "gate_up")
-ALL = frozenset(KINDS)
+WHOLE = (
+    4096  # rows of a layer's MLP that are not cut: strips of fewer spare less than the weights' buffers they hold take
+)
+STRIP = 2048  # of more rows, at once: as fast in products as all of 16384, half as many 3% slower (H200)
 WEIGHTS = "weights"  # besides: the layer's weights in 16 bits
 NORMS = "norms"  # and the rows of both norms
 INPUT = "input"  # what everything that is not kept is made of; kept, on the device or in host memory
 NONE: frozenset[str] = frozenset()
 
 
+def strips_of(tokens: int) -> int:
+    """Into how many strips of its rows a layer's MLP is cut."""
+    return 1 if tokens <= WHOLE else -(-tokens // STRIP)
+
+
+@functools.cache
+def strip_kinds(strips: int) -> tuple[str, ...]:
+    """Gate and up of each strip, from the first rows to the last."""
+    return tuple(f"gate_up{i}" for i in range(strips))
+
+
+@functools.cache
+def kinds_of(strips: int) -> tuple[str, ...]:
+    """What of a layer's activations can be kept, one by one; the last strips first, since they come last and go first."""
+    return ("attention", "residual", "qkv", *strip_kinds(strips)[::-1])
+
+
+@functools.cache
+def all_of(strips: int) -> frozenset[str]:
+    """All of that."""
+    return frozenset(kinds_of(strips))
+
+
 @dataclass(frozen=True)
 class LayerShape:
-    """Widths of a layer in elements a token, and bytes an element of its activations."""
+    """Widths of a layer in elements a token, bytes an element of its activations, and strips of its rows."""
 
     hidden: int
     q: int
@@ -53,16 +79,27 @@ class LayerShape:
     inner: int
     head_norms: bool
     itemsize: int
+    strips: int = 1
 
-    def bytes_of(self, kind: str) -> int:
-        """Bytes a token of what `kind` keeps."""
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What of its activations can be kept."""
+        return kinds_of(self.strips)
+
+    @property
+    def all(self) -> frozenset[str]:
+        """All of it."""
+        return all_of(self.strips)
+
+    def bytes_of(self, kind: str) -> float:
+        """Bytes a token of what `kind` keeps, on average over all rows."""
         if kind == "attention":
             return self.q * self.itemsize + 4 * self.heads
         if kind == "qkv":
             return ((self.q + 2 * self.kv) + (self.q + self.kv) * self.head_norms) * self.itemsize
         if kind == NORMS:
             return 2 * (self.hidden + ROOM) * self.itemsize
-        return (self.hidden if kind == "residual" else 2 * self.inner) * self.itemsize
+        return self.hidden * self.itemsize if kind == "residual" else 2 * self.inner * self.itemsize / self.strips
 
     @property
     def weights(self) -> int:
@@ -83,7 +120,11 @@ class LayerShape:
             return 2.0 * 1.64 * row * self.q
         if kind == "qkv":
             return 2.0 * self.hidden * (self.q + 2 * self.kv)
-        return 2.0 * self.hidden * (self.q if kind == "residual" else 2 * self.inner)
+        return 2.0 * self.hidden * (self.q if kind == "residual" else 2 * self.inner / self.strips)
+
+    def worth(self, kind: str, row: int) -> float:
+        """Flops that a byte of `kind` spares, to a millionth: equal ones are equal."""
+        return round(self.flops_of(kind, row) / self.bytes_of(kind), 6)
 
 
 OVER = 1.2  # a layer's forward over its flops at `HostStore`'s rate: 2.95 ms for 2.4 (Llama-3.1-8B, 2 x 2048, one H200)
@@ -98,7 +139,7 @@ def leaving(row: int, layers: list[LayerShape], bytes_a_flop: float) -> list[fro
         flops = 2.0 * layer.weights + layer.flops_of("attention", row)
         room = OVER * flops * bytes_a_flop - layer.hidden * layer.itemsize
         kinds = {INPUT}
-        for kind in sorted(KINDS, key=lambda k: -layer.flops_of(k, row) / layer.bytes_of(k)):
+        for kind in sorted(layer.kinds, key=lambda k: -layer.worth(k, row)):
             if layer.bytes_of(kind) <= room:
                 room -= layer.bytes_of(kind)
                 kinds.add(kind)
@@ -115,13 +156,13 @@ def spend(
     The last layer keeps up to `spare` bytes besides. What is `leaving` for host memory is kept, and costs none. Where all layers
     keep all kinds, the rest holds `WEIGHTS`, then `NORMS`.
     """
-    kept: list[set[str]] = [set(x & ALL) for x in leaving] if leaving else [set() for _ in layers]
+    kept: list[set[str]] = [set(x - {INPUT}) for x in leaving] if leaving else [set() for _ in layers]
     if layers:
         kept[-1] |= _most(spare, tokens, row, layers[-1])
     offers = [
-        (-layer.flops_of(kind, row) / layer.bytes_of(kind), KINDS.index(kind), -i, kind, i)
+        (-layer.worth(kind, row), layer.kinds.index(kind), -i, kind, i)
         for i, layer in enumerate(layers)
-        for kind in KINDS
+        for kind in layer.kinds
         if kind not in kept[i]
     ]
     for *_, kind, i in sorted(offers):
@@ -129,7 +170,7 @@ def spend(
         if cost <= budget:
             budget -= cost
             kept[i].add(kind)
-    if all(k >= ALL for k in kept):
+    if all(k >= layer.all for k, layer in zip(kept, layers, strict=True)):
         for kind, (keeps, layer) in itertools.product((WEIGHTS, NORMS), [*zip(kept, layers, strict=True)][::-1]):
             cost = layer.weight_bytes if kind == WEIGHTS else tokens * layer.bytes_of(kind)
             if cost <= budget:
@@ -139,26 +180,33 @@ def spend(
 
 
 def _most(room: float, tokens: int, row: int, layer: LayerShape) -> frozenset[str]:
-    """The kinds that spare most within `room` bytes, all sixteen sets tried: the largest first would leave room unused."""
+    """The kinds that spare most within `room` bytes, all sets tried, with strips from the last one on: the largest kind first
+    would leave room unused."""
 
-    def fits(kinds: tuple[str, ...]) -> bool:
-        return tokens * sum(layer.bytes_of(k) for k in kinds) <= room
-
-    sets = [c for n in range(len(KINDS) + 1) for c in itertools.combinations(KINDS, n) if not c or fits(c)]
-    return frozenset(max(sets, key=lambda kinds: sum(layer.flops_of(k, row) for k in kinds)))
+    each, strips = layer.kinds[: -layer.strips], layer.kinds[-layer.strips :]
+    sets = [
+        (*kinds, *strips[:count])
+        for n in range(len(each) + 1)
+        for kinds in itertools.combinations(each, n)
+        for count in range(layer.strips + 1)
+    ]
+    fit = [kinds for kinds in sets if not kinds or tokens * sum(layer.bytes_of(k) for k in kinds) <= room]
+    return frozenset(max(fit, key=lambda kinds: sum(layer.flops_of(k, row) for k in kinds)))
 
 
 def spare(tokens: int, layer: LayerShape, vocabulary: int, chunk: int) -> float:
     """Bytes that a layer's backward has in use and the loss, in chunks of `chunk` rows of logits, has not; 0 or more.
 
-    Of the backward what is there at once when gate and up are made again: all kinds, their weights' buffer, the second
-    norm's rows and the output gradient. Of the loss: a chunk of logits and of rows, the model's last rows, those normalised,
-    and their gradient.
+    Of the backward what is there at once when gate and up are made again: all kinds, of gate and up one strip, their
+    weights' buffer, the second norm's rows and the output gradient; with several strips the gradient of h, of the norm's rows
+    and down's weights too. Of the loss: a chunk of logits and of rows, the model's last rows, those normalised, and their
+    gradient.
     """
     rows = tokens * layer.hidden * layer.itemsize
-    backward = (
-        tokens * sum(layer.bytes_of(k) for k in KINDS) + 2 * layer.inner * layer.hidden * layer.itemsize + 2 * rows
-    )
+    weights = layer.inner * layer.hidden * layer.itemsize
+    backward = tokens * sum(layer.bytes_of(k) for k in layer.kinds[: 1 - layer.strips or None]) + 2 * weights + 2 * rows
+    if layer.strips > 1:
+        backward += tokens * layer.inner * layer.itemsize / layer.strips + weights + rows / layer.strips
     chunk = min(tokens, chunk)
     loss = chunk * (vocabulary + layer.hidden) * layer.itemsize + 3 * rows
     return max(0.0, float(backward - loss))
@@ -212,7 +260,7 @@ def assign(backbone: Any, batch: int, length: int) -> None:
     first = next(backbone.parameters())
     itemsize = min(4, first.dtype.itemsize)
     shapes, tokens, vocabulary = (
-        [layer.shape_of(itemsize) for layer in layers],
+        [layer.shape_of(itemsize, strips_of(batch * length)) for layer in layers],
         batch * length,
         backbone.config.vocab_size,
     )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sparktune.models import parts
-from sparktune.models.checkpointing import ALL, NONE, WEIGHTS, LayerShape
-from sparktune.models.layer_function import Call, DecoderLayer
+from sparktune.models.checkpointing import NONE, WEIGHTS, LayerShape, all_of, strips_of
+from sparktune.models.layer_call import Call
+from sparktune.models.layer_function import DecoderLayer
 from sparktune.models.layer_parts import LayerParts, parts_of
 from sparktune.models.projection import Unfit, note_fallback
 from sparktune.ops import dispatch
@@ -55,15 +56,18 @@ class PreNormLayer(OpByOpLayer):
     def forward(self: Any, hidden_states: Tensor, whole: LayerParts | None = None, **kwargs: Any) -> Tensor:
         """hidden_states [B, S, K] -> the same."""
         if whole is not None:
+            batch, length, width = hidden_states.shape
+            strips = strips_of(batch * length)
             checkpointed = self.training and self.gradient_checkpointing
-            keep, store, leaving = (self.keep, self.store, self.leaving) if checkpointed else (ALL, None, NONE)
+            keep, store, leaving = (
+                (self.keep, self.store, self.leaving) if checkpointed else (all_of(strips), None, NONE)
+            )
             if self.gradient_checkpointing and WEIGHTS in self.keep:
                 keep |= {WEIGHTS}  # in evaluation too: training goes on after it
             else:
                 whole.release()
-            batch, length, width = hidden_states.shape
             tables = kwargs["position_embeddings"] if whole.turns else None
-            call = Call(whole, (batch, length), tables, kwargs.get("documents"), keep, store, leaving)
+            call = Call(whole, (batch, length), tables, kwargs.get("documents"), keep, strips, store, leaving)
             y: Tensor = DecoderLayer.apply(hidden_states.reshape(-1, width), call, *whole.trained)
             return y.view(hidden_states.shape)
         return super().forward(hidden_states, **kwargs)
@@ -85,11 +89,11 @@ class PreNormLayer(OpByOpLayer):
             note_fallback("a layer", why)
             return None
 
-    def shape_of(self: Any, itemsize: int) -> LayerShape:
+    def shape_of(self: Any, itemsize: int, strips: int) -> LayerShape:
         """Widths, for the memory budget."""
         a, c = self.self_attn, self.self_attn.config
         heads, kv = c.num_attention_heads, c.num_key_value_heads
         normed = hasattr(a, "q_norm")  # not QK_NORM: attention with a forward of its own is not swapped, and has none
         return LayerShape(
-            c.hidden_size, heads * a.head_dim, kv * a.head_dim, heads, c.intermediate_size, normed, itemsize
+            c.hidden_size, heads * a.head_dim, kv * a.head_dim, heads, c.intermediate_size, normed, itemsize, strips
         )

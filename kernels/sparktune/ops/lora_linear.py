@@ -256,19 +256,19 @@ MUTANTS = Mutant.table(
 - other=0.0).to(tl.float32) * scale
 + other=0.0).to(tl.float32)
 db-no-scale @lora_packed: s left out of B's gradient
-- bi.dtype, scales[i])
-+ bi.dtype)
+- scale = self._scales[i]
++ scale = 1.0
 scale-twice @lora_packed: s in A's gradient twice
-- every = summed(dtail, branch_input, torch.float32)
-+ every = summed(dtail, branch_input, torch.float32, scales[0])
+- self._every = _plus(self._every, summed(dtail, branch_input))
++ self._every = _plus(self._every, summed(dtail, branch_input).mul_(self._scales[0]))
 a-transposed-slot @lora_packed: A one row too far down
 - + below + (lane[:, None] * width
 + + below + (((lane + 1) % r)[:, None] * width
 no-branch-in-dx @lora_packed: dx of the base alone
-- return (tail @ p[n:, :k]).addmm_(dy, p[:n, :k]), tail
-+ return (tail @ p[n:, :k]).mul_(0).addmm_(dy, p[:n, :k]), tail
+- return torch.mm(tail, p[n:, :k], out=into).addmm_(dy, p[:n, :k]), tail
++ return torch.mm(tail, p[n:, :k], out=into).mul_(0).addmm_(dy, p[:n, :k]), tail
 no-branch-in-dx-copied @lora_packed: dx of the base alone where dy is copied
-- return row @ p[:, :k], row[:, n:]
+- return torch.mm(row, p[:, :k], out=into), row[:, n:]
 + return row[:, :n] @ p[:n, :k], row[:, n:]
 bias-everywhere @lora_packed: the column of ones left out
 - row[:, k + one] = 1.0
@@ -298,8 +298,8 @@ room-without-leave @lora_packed: columns beside x written though nobody allowed 
 - row = with_room(x, r) if tail_free else None
 + row = with_room(x, r)
 ranks-reversed @lora_packed: B's gradient with its ranks in reverse
-- tail[:, slot], bi.dtype
-+ tail[:, slot].flip(1), bi.dtype
+- summed(dy[:, rows], tail[:, slot])
++ summed(dy[:, rows], tail[:, slot].flip(1))
 dbias-mean @lora_packed: bias gradient averaged over rows
 - dy[:, rows].sum(0, dtype=torch.float32)
 + dy[:, rows].float().mean(0)

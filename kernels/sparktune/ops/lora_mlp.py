@@ -356,8 +356,8 @@ rows-of-gate @lora_packed: up's B from gate's rows
 - summed(dy[:, rows], tail
 + summed(dy[:, : rows.stop - rows.start], tail
 da-of-neighbour @lora_packed: A's gradient from the neighbouring ranks
-- every[slot].to(ai.dtype, copy=apart)
-+ every.roll(1, 0)[slot].to(ai.dtype, copy=apart)
+- self._every[self._stack.slot(i)].to(ai.dtype, copy=apart)
++ self._every.roll(1, 0)[self._stack.slot(i)].to(ai.dtype, copy=apart)
 h-undropped: down's A from h before dropout
 - h = under(h, seed_h, dropout) if needs[7] else h
 + h = h

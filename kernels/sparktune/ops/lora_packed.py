@@ -225,18 +225,20 @@ def with_room(x: Tensor, r: int) -> Tensor | None:
 
 def forward_packed(
     x: Tensor, p: Tensor, n: int, one: int | None, branch_input: Tensor | None = None, tail_free: bool = False,
-    onto: Tensor | None = None, room: int = 0, known: Tensor | None = None, apart: bool = True,
+    onto: Tensor | None = None, room: int = 0, known: Tensor | None = None, apart: bool = True, into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [M, n], x' A^T [M, r]) for x [M, K] and the buffer P; `one`: the column of P that biases stand in.
 
     `onto` [M, n] is added within the product, before its one rounding, and stays as it is. `room`: columns to leave right
-    of y's rows. `known`: x' A^T as an earlier call returned it, which is then not computed again. Unless `apart` x' A^T may be
-    a view of x's own row, which it then keeps alive.
+    of y's rows; `into`: where y goes, instead of memory of its own. `known`: x' A^T as an earlier call returned it, which is
+    then not computed again. Unless `apart` x' A^T may be a view of x's own row, which it then keeps alive.
     """
     k = x.shape[1]
     r = p.shape[1] - k
+    if room:
+        into = torch.empty(x.shape[0], n + room, dtype=x.dtype, device=x.device)[:, :n]
     if r == 0:
-        return _onto(onto, x, p[:n].t(), room), x.new_empty(x.shape[0], 0)
+        return _onto(onto, x, p[:n].t(), into), x.new_empty(x.shape[0], 0)
     x_branch = x if branch_input is None else branch_input
     row = with_room(x, r) if tail_free else None
     if row is None and k < n:
@@ -246,29 +248,26 @@ def forward_packed(
         tail = x_branch @ p[n:, :k].t() if known is None else known
         if one is not None and known is None:
             tail[:, one] = 1.0
-        return _onto(onto, tail, p[:n, k:].t(), room).addmm_(x, p[:n, :k].t()), tail
+        return _onto(onto, tail, p[:n, k:].t(), into).addmm_(x, p[:n, :k].t()), tail
     if known is not None:
         row[:, k:].copy_(known)
-        return _onto(onto, row, p[:n].t(), room), known
+        return _onto(onto, row, p[:n].t(), into), known
     torch.mm(x_branch, p[n:, :k].t(), out=row[:, k:])
     if one is not None:
         row[:, k + one] = 1.0
-    return _onto(onto, row, p[:n].t(), room), row[:, k:].clone() if apart else row[:, k:]
+    return _onto(onto, row, p[:n].t(), into), row[:, k:].clone() if apart else row[:, k:]
 
 
-def _onto(base: Tensor | None, left: Tensor, right: Tensor, room: int) -> Tensor:
-    if not room:
-        return left @ right if base is None else torch.addmm(base, left, right)
-    n = right.shape[1]
-    y = torch.empty(left.shape[0], n + room, dtype=left.dtype, device=left.device)[:, :n]
-    return torch.mm(left, right, out=y) if base is None else torch.addmm(base, left, right, out=y)
+def _onto(base: Tensor | None, left: Tensor, right: Tensor, into: Tensor | None) -> Tensor:
+    return torch.mm(left, right, out=into) if base is None else torch.addmm(base, left, right, out=into)
 
 
 def backward_packed(
     dy: Tensor, p: Tensor, n: int, need_dx: bool, seed: Tensor | None = None, dropout: float = 0.0,
-    row: Tensor | None = None,
+    row: Tensor | None = None, into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dx [M, K], s dy B [M, r]) for dy [M, n]; `row`: dy's own buffer [M, n + r], whose last columns may be written.
+    """(dx [M, K], s dy B [M, r]) for dy [M, n]; `row`: dy's own buffer [M, n + r], whose last columns may be written;
+    `into`: where dx goes, instead of memory of its own, when there is no dropout.
 
     The second may be a view that keeps all of the row alive: it is for `factor_gradients`, not to be kept.
     """
@@ -276,7 +275,7 @@ def backward_packed(
     r = p.shape[0] - n
     empty = dy.new_empty(0)
     if r == 0:
-        return (dy @ p if need_dx else empty), dy.new_empty(dy.shape[0], 0)
+        return (torch.mm(dy, p, out=into) if need_dx else empty), dy.new_empty(dy.shape[0], 0)
     if not need_dx:
         return empty, dy @ p[:n, k:]
     if seed is not None and dropout:
@@ -287,18 +286,16 @@ def backward_packed(
         row[:, :n].copy_(dy)
     if row is None:
         tail = dy @ p[:n, k:]
-        return (tail @ p[n:, :k]).addmm_(dy, p[:n, :k]), tail
+        return torch.mm(tail, p[n:, :k], out=into).addmm_(dy, p[:n, :k]), tail
     torch.mm(dy, p[:n, k:], out=row[:, n:])
-    return row @ p[:, :k], row[:, n:]
+    return torch.mm(row, p[:, :k], out=into), row[:, n:]
 
 
-def summed(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """scale left^T right over all rows [M, *]: summed in fp32, rounded once to `dtype`."""
+def summed(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right over all rows [M, *], in fp32."""
     if left.is_cuda and left.dtype != torch.float32:
-        found = torch.mm(left.t(), right, out_dtype=torch.float32)
-    else:
-        found = left.t().float() @ right.float()
-    return found.mul_(scale).to(dtype) if scale != 1.0 else found.to(dtype)
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return left.t().float() @ right.float()
 
 
 def forward_layers(
@@ -313,36 +310,80 @@ def forward_layers(
 def input_gradient(
     stack: Stack, dy: Tensor, a: Sequence[Tensor | None], b: Sequence[Tensor | None], bias: Sequence[Tensor | None],
     scales: Sequence[float], seed: Tensor | None, dropout: float, need_dx: bool, need_da: bool, row: Tensor | None = None,
-    p: Tensor | None = None,
+    p: Tensor | None = None, into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dx [M, K], s dy B [M, r]), each empty where nothing needs it; `row` as in `backward_packed`, `p` a buffer made before."""
+    """(dx [M, K], s dy B [M, r]), each empty where nothing needs it; `row` and `into` as in `backward_packed`, `p` a buffer made
+    before."""
     if not (need_dx or need_da):
         return dy.new_empty(0), dy.new_empty(0)
     if p is None:
         p = pack(stack, a, b, bias, scales, dy.dtype, weights=need_dx)
-    return backward_packed(dy, p, stack.n, need_dx, seed, dropout, row)
+    return backward_packed(dy, p, stack.n, need_dx, seed, dropout, row, into)
 
 
 def factor_gradients(
     stack: Stack, dy: Tensor, branch_input: Tensor, tail: Tensor, dtail: Tensor, a: Sequence[Tensor | None],
     b: Sequence[Tensor | None], bias: Sequence[Tensor | None], scales: Sequence[float], needs: Sequence[bool],
-    apart: bool = True,
 ) -> list[Tensor]:  # fmt: skip
-    """[da, db, dbias of each layer], empty where `needs` says no, from x' A^T and s dy B; x' is read once for every A.
+    """[da, db, dbias of each layer], empty where `needs` says no, from x' A^T and s dy B, each in memory of its own."""
+    sums = FactorSums(stack, a, b, bias, scales, needs)
+    sums.add(dy, branch_input, tail, dtail)
+    return [dy.new_empty(0) if g is None else g for g in sums.rounded(apart=True)]
 
-    `apart`: every one in memory of its own, as what a custom op returns must be; else the da may be rows of one matrix.
+
+class FactorSums:
+    """Gradients of a stack's factors over all rows, of which some are added at a time; in fp32 until they are `rounded`.
+
+    x' is read once for every A. `needs`: of each layer whether a, b and the bias want one.
     """
-    found = [dy.new_empty(0) for _ in needs]
-    every = summed(dtail, branch_input, torch.float32) if any(needs[::3]) else None
-    for i, (ai, bi, zi) in enumerate(zip(a, b, bias, strict=True)):
-        rows, slot = stack.rows(i), stack.slot(i)
-        if ai is not None and every is not None and needs[3 * i]:
-            found[3 * i] = every[slot].to(ai.dtype, copy=apart)
-        if bi is not None and needs[3 * i + 1]:
-            found[3 * i + 1] = summed(dy[:, rows], tail[:, slot], bi.dtype, scales[i])
-        if zi is not None and needs[3 * i + 2]:
-            found[3 * i + 2] = dy[:, rows].sum(0, dtype=torch.float32).to(zi.dtype)
-    return found
+
+    def __init__(
+        self, stack: Stack, a: Sequence[Tensor | None], b: Sequence[Tensor | None], bias: Sequence[Tensor | None],
+        scales: Sequence[float], needs: Sequence[bool],
+    ) -> None:  # fmt: skip
+        self._stack, self._factors, self._scales, self._needs = stack, (a, b, bias), scales, needs
+        self._every: Tensor | None = None  # of the A of all layers
+        self._found: list[Tensor | None] = [None] * len(needs)
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is wanted."""
+        return any(self._needs)
+
+    @property
+    def of_inputs(self) -> bool:
+        """Whether the input's rows are needed."""
+        return any(self._needs[::3])
+
+    def add(self, dy: Tensor, branch_input: Tensor, tail: Tensor, dtail: Tensor) -> None:
+        """Some rows: dy [m, n], x' [m, K], x' A^T and s dy B [m, r]."""
+        if self.of_inputs:
+            self._every = _plus(self._every, summed(dtail, branch_input))
+        for i, (bi, zi) in enumerate(zip(*self._factors[1:], strict=True)):
+            rows, slot = self._stack.rows(i), self._stack.slot(i)
+            if bi is not None and self._needs[3 * i + 1]:
+                self._found[3 * i + 1] = _plus(self._found[3 * i + 1], summed(dy[:, rows], tail[:, slot]))
+            if zi is not None and self._needs[3 * i + 2]:
+                self._found[3 * i + 2] = _plus(self._found[3 * i + 2], dy[:, rows].sum(0, dtype=torch.float32))
+
+    def rounded(self, apart: bool) -> list[Tensor | None]:
+        """[da, db, dbias of each layer] in the factors' dtypes.
+
+        `apart`: every one in memory of its own, as what a custom op returns must be; else the da may be rows of one matrix.
+        """
+        for i, (ai, bi, zi) in enumerate(zip(*self._factors, strict=True)):
+            if ai is not None and self._every is not None and self._needs[3 * i]:
+                self._found[3 * i] = self._every[self._stack.slot(i)].to(ai.dtype, copy=apart)
+            if bi is not None and (db := self._found[3 * i + 1]) is not None:
+                scale = self._scales[i]
+                self._found[3 * i + 1] = (db.mul_(scale) if scale != 1.0 else db).to(bi.dtype)
+            if zi is not None and (dz := self._found[3 * i + 2]) is not None:
+                self._found[3 * i + 2] = dz.to(zi.dtype)
+        return self._found
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 def matrix(x: Tensor) -> Tensor:

@@ -196,8 +196,8 @@ MUTANTS = Mutant.table(
 - first = sum(self.ranks[:i])
 + first = 0 * i
 scales-first @lora_packed: q's scale for all three
-- tail[:, slot], bi.dtype, scales[i])
-+ tail[:, slot], bi.dtype, scales[0])
+- scale = self._scales[i]
++ scale = self._scales[0]
 scale-order: scales in reverse
 - a, b, z, scales, under(
 + a, b, z, scales[::-1], under(
@@ -210,8 +210,8 @@ first-rows @lora_packed: every B's gradient from q's rows
 - summed(dy[:, rows], tail
 + summed(dy[:, : rows.stop - rows.start], tail
 da-of-all @lora_packed: A's gradient from all ranks' neighbours
-- every[slot].to(ai.dtype, copy=apart)
-+ every.roll(1, 0)[slot].to(ai.dtype, copy=apart)
+- self._every[self._stack.slot(i)].to(ai.dtype, copy=apart)
++ self._every.roll(1, 0)[self._stack.slot(i)].to(ai.dtype, copy=apart)
 bias-rows @lora_packed: bias gradient from q's rows
 - dy[:, rows].sum(0
 + dy[:, : rows.stop - rows.start].sum(0

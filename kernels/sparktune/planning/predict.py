@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparktune.models.checkpointing import ALL, INPUT, KINDS, NONE, NORMS, WEIGHTS, LayerShape, leaving, spare, spend
+from sparktune.models.checkpointing import INPUT, NONE, NORMS, WEIGHTS, leaving, spare, spend, strip_kinds
 from sparktune.ops.lora_packed import behind
 from sparktune.planning.ceilings import DEVICES, Ceilings
 from sparktune.planning.shapes import ModelShape
@@ -26,7 +26,8 @@ CHUNK = 16 * 128 * 256  # logits of a loss chunk for each SM, at least 1024 rows
 
 @dataclass(frozen=True)
 class Plan:
-    """A prediction. `bytes` and `ms` are by part; `kept` says how many layers keep each kind of activation."""
+    """A prediction. `bytes` and `ms` are by part; `kept` says how many layers keep each kind of activation, of gate
+    and up in parts of a layer's rows."""
 
     device: Ceilings
     shape: ModelShape
@@ -34,7 +35,7 @@ class Plan:
     sequence: int
     bytes: dict[str, float]
     ms: dict[str, float]
-    kept: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, float] = field(default_factory=dict)
 
     @property
     def peak(self) -> float:
@@ -88,14 +89,17 @@ def plan(
     shape = model if isinstance(model, ModelShape) else ModelShape.of(model)
     tokens, row = batch * sequence, -(-sequence // documents)
     rows = min(tokens, max(1024, CHUNK * device.sms // shape.vocabulary))
-    free = spare(tokens, shape.layer(), shape.vocabulary, rows)
+    layer = shape.layer(tokens)
+    free = spare(tokens, layer, shape.vocabulary, rows)
     if (offload or offload_embedding) and not device.to_host:
         raise ValueError(f"nothing is kept in host memory for {device.name}: leave offload and offload_embedding False")
-    layers = [shape.layer()] * shape.layers
-    away = leaving(row, layers, device.to_host / device.gemm) if offload else [NONE] * shape.layers
-    kept = spend(budget, tokens, row, layers, free, away) if checkpointing else [ALL] * shape.layers
+    layers = [layer] * shape.layers
+    # Without checkpointing all stay where they are.
+    away = leaving(row, layers, device.to_host / device.gemm) if offload and checkpointing else [NONE] * shape.layers
+    kept = spend(budget, tokens, row, layers, free, away) if checkpointing else [layer.all] * shape.layers
     budget = budget if checkpointing else math.inf
-    counts = {kind: sum(kind in k for k in kept) for kind in (*KINDS, WEIGHTS, NORMS)}
+    counts = {kind: float(sum(kind in k for k in kept)) for kind in ("attention", "residual", "qkv", WEIGHTS, NORMS)}
+    counts["gate_up"] = sum(kind in k for k in kept for kind in strip_kinds(layer.strips)) / layer.strips
     return Plan(
         device, shape, batch, sequence,
         _bytes(shape, tokens, rank, kept, away, load_in_4bit, lora_itemsize, rows, budget, offload_embedding),
@@ -115,7 +119,7 @@ def _bytes(
     budget: float,
     table_away: bool,
 ) -> dict[str, float]:
-    layer, trained = s.layer(), s.lora_elements(rank) * s.layers
+    layer, trained = s.layer(tokens), s.lora_elements(rank) * s.layers
     ranks = {n: -(-c * rank // 16) * 16 for n, c in (("qkv", 3), ("o", 1), ("gate_up", 2), ("down", 1))}
     widths = {
         n: (width, k, behind(k, ranks[n]), behind(width, ranks[n])) for n, (width, k) in s.projections.items()
@@ -124,17 +128,30 @@ def _bytes(
     own = [tokens * sum(layer.bytes_of(kind) for kind in k - {WEIGHTS}) for k in kept]  # of a layer in its backward
     alive = [tokens * sum(layer.bytes_of(kind) for kind in k - a - {WEIGHTS}) for k, a in zip(kept, away, strict=True)]
     stay = min(float(sum(alive)), budget)
-    remade = [tokens * sum(layer.bytes_of(kind) for kind in KINDS if kind not in k) for k in kept]
+    strips = strip_kinds(layer.strips)
+    remade = [tokens * sum(layer.bytes_of(kind) for kind in layer.kinds if kind not in {*k, *strips}) for k in kept]
+    fed = [tokens * sum(layer.bytes_of(kind) for kind in strips if kind in k) for k in kept]
+    one = tokens * layer.bytes_of(strips[0])
     held = [sum(buffers.values()) * (WEIGHTS in k) for k in kept]
     # At the end of the forward everything kept is there beside the loss; in a layer's backward what it and those before keep.
     phases: list[float] = [sum(alive) + rows * (s.vocabulary + s.hidden) * 2 + 3 * tokens * s.hidden * 2]
-    if any(away):  # what the last layer but one puts there lies here until the last layer's forward is done
+    if any(away):  # what the last layer but one puts there lies here until most of the last layer's forward is done
         out = own[-2] - alive[-2] + tokens * s.hidden * 2
-        down = tokens * (s.inner + widths["down"][2] + s.hidden) * 2 + buffers["down"]
-        phases.append(sum(alive) + out + remade[-1] + down)
+        mlp = tokens * ((s.inner + widths["down"][2]) / layer.strips + s.hidden) * 2 + buffers["down"]
+        if layer.strips > 1:
+            mlp += buffers["gate_up"] + tokens * s.hidden * 2 / layer.strips
+        later = min(fed[-1], layer.strips // 4 * one)  # strips kept after that
+        phases += [
+            sum(alive) + remade[-1] + mlp + max(0, one - (fed[-1] - late)) + still - late
+            for late, still in (((later, out), (0, 0)) if layer.strips >= 4 else ((0, out),))
+        ]
     for i in range(s.layers):
         written = dict.fromkeys(buffers, 0) if held[i] else buffers
-        phases.append(sum(alive[:i]) + own[i] + remade[i] + _backward(s, layer, tokens, widths, written))
+        mlp = max(fed[i], one) + _mlp(
+            s, tokens, widths, written, layer.strips
+        )  # strips that were kept come and go first
+        attention = tokens * (3 * s.q + 4 * s.kv + 2 * s.hidden) * 2 + written["qkv"]
+        phases.append(sum(alive[:i]) + own[i] - fed[i] + remade[i] + max(mlp, attention))
     return {
         "weights": s.layer_weights * s.layers * (NF4 if load_in_4bit else 2),
         "embedding and head": s.vocabulary * s.hidden * 2 * (1 if s.tied or table_away else 2),
@@ -148,32 +165,34 @@ def _bytes(
     }
 
 
-def _backward(
-    s: ModelShape, layer: LayerShape, tokens: int, widths: dict[str, tuple[int, int, int, int]], buffers: dict[str, int]
+def _mlp(
+    s: ModelShape, tokens: int, widths: dict[str, tuple[int, int, int, int]], buffers: dict[str, int], strips: int
 ) -> float:  # fmt: skip
-    """The most that one layer's backward has beside what it is made from: the buffers of its weights, and gradients."""
+    """The most that the backward of a layer's MLP has beside gate and up: the buffers of its weights, and gradients."""
     rows = tokens * s.hidden * 2
+    h = tokens * (s.inner + widths["down"][2]) * 2
+    if strips > 1:  # one buffer of each serves all; dy, the norm's gradient, and of a strip the norm's rows and h
+        return buffers["gate_up"] + buffers["down"] + 2 * rows + (rows + h) / strips
     again = buffers["gate_up"] + 2 * rows  # the second norm's rows, and the gradient that came in
-    down = tokens * (s.inner + widths["down"][2]) * 2 + rows + buffers["down"]
-    dx = buffers["gate_up"] + 2 * rows
-    gate_up = tokens * layer.bytes_of("gate_up")
-    attention = tokens * (3 * s.q + 4 * s.kv) * 2 + 2 * rows + buffers["qkv"] - gate_up
-    return float(max(again, down, dx, attention))
+    return float(max(again, h + rows + buffers["down"]))
 
 
 def _milliseconds(
     s: ModelShape, tokens: int, row: int, rank: int, kept: list[frozenset[str]], load_in_4bit: bool, d: Ceilings
 ) -> dict[str, float]:
-    layer = s.layer()
+    layer = s.layer(tokens)
     products = 2 * tokens * s.layer_weights * s.layers  # one pass
     again = sum(
-        tokens * layer.flops_of(kind, row) for k in kept for kind in KINDS if kind not in k and kind != "attention"
+        tokens * layer.flops_of(kind, row)
+        for k in kept
+        for kind in layer.kinds
+        if kind not in k and kind != "attention"
     )
     scores = 2 * tokens * row * s.q  # of one layer's causal attention, forward
     attended_again = sum(scores for k in kept if "attention" not in k)
     dense = s.layer_weights * (NF4 + 2) if load_in_4bit else 0.0  # of one layer, once
-    times = sum(2 + (not k >= ALL) for k in kept if WEIGHTS not in k)
-    remade = sum(not k >= ALL for k in kept) / max(1, s.layers)
+    times = sum(2 + (layer.strips == 1 and not k >= layer.all) for k in kept if WEIGHTS not in k)
+    remade = sum(not k >= layer.all for k in kept) / max(1, s.layers)
     lora = sum(k for _, k in s.projections.values()) + sum(n + k for n, k in s.projections.values())
     # Rows of norms, rotations and activations, read and written: forward, backward, and what is made again.
     once = 2 * 2 * s.hidden + 2 * (s.q + s.kv) + 3 * s.inner

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sparktune.models.checkpointing import LayerShape
+from sparktune.models.checkpointing import LayerShape, strips_of
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class ModelShape:
         outs = self.q + 2 * self.kv + 2 * self.hidden + 2 * self.inner
         return rank * (ins + outs)
 
-    def layer(self, itemsize: int = 2) -> LayerShape:
-        """As the memory budget sees a layer."""
-        return LayerShape(self.hidden, self.q, self.kv, self.heads, self.inner, self.head_norms, itemsize)
+    def layer(self, tokens: int = 1, itemsize: int = 2) -> LayerShape:
+        """As the memory budget sees a layer of `tokens` rows."""
+        strips = strips_of(tokens)
+        return LayerShape(self.hidden, self.q, self.kv, self.heads, self.inner, self.head_norms, itemsize, strips)
