@@ -13,7 +13,7 @@ export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup validate image shell serve test test-slow lint doctor facts list compile selftest bench bench-train bench-export \
-  sanitize snapshot uninstall verify-rollback report lock lock-image check-locks image-debian schemas clean
+  dynamic-curve sanitize snapshot uninstall verify-rollback report lock lock-image check-locks image-debian schemas clean
 
 help: ## Show every target with its purpose
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ bench-train: setup ## Time a QLoRA step of transformers, Liger, Unsloth and spar
 
 bench-export: setup ## Time writing and reading every export format, with proof of the backend (ARGS='--formats gguf')
 	@$(BIN)/sparkproof bench export $(ARGS)
+
+dynamic-curve: setup ## Draw KL against bytes of dynamic quantisation on SmolLM2-135M (half an hour, and llama.cpp's tools once)
+	$(BIN)/python scripts/dynamic_curve.py --out reports/published/dynamic/smollm2 $(ARGS)
 
 sanitize: setup ## Look for memory errors and races in every kernel with NVIDIA's compute-sanitizer (needs a GPU)
 	@$(BIN)/python scripts/sanitize.py $(ARGS)

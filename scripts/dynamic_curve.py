@@ -1,37 +1,48 @@
-"""KL against bytes of sparktune's dynamic mixes and of what they compete with: curve.json and two SVG charts.
+"""KL against bytes of sparktune's dynamic mixes and of what they compete with: curve.json and two SVG charts, from nothing.
 
-    python scripts/dynamic_curve.py MODEL_FOLDER --llama-bin DIR --out reports/published/dynamic/NAME
+    make dynamic-curve                                        # SmolLM2-135M into reports/published/dynamic/smollm2
+    python scripts/dynamic_curve.py --out FOLDER [--model FOLDER --name NAME]
 
 Both sides get the same calibration text. For training, the weights are rounded as bitsandbytes stores them and the model judged
-by transformers; for GGUF, files are made by llama-quantize with llama-imatrix's matrix and judged by llama-perplexity
-(--llama-bin holds these tools and convert_hf_to_gguf.py's result is --gguf, an f16 file). The text that judges is held out.
+by transformers; for GGUF, files are made by llama-quantize with llama-imatrix's matrix and judged by llama-perplexity. The text
+that judges is held out. llama.cpp's own mixes set the budgets, and ours get budgets half-way between them too.
 
 The text is English prose and dialogue that every installation has: CPython's `pydoc_data.topics` and the PyPI package
 chatterbot-corpus, alternating, two parts of four for calibration and two held out.
 
-A run that was cut off goes on where it was: what curve.json has is not measured again. Remove it to start anew.
+What takes long is kept in sparkproof's cache: llama.cpp's tools, which are built once (`llama_tools.py`), and the points, in a
+folder that is named after the model and every setting. So a run that was cut off goes on where it was, and a run with other
+settings starts anew; --anew starts the same one anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pydoc_data.topics
 import re
-import subprocess
+import shlex
+import shutil
 import sys
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import llama_tools
+from curve_llama import Llama
 from sparktune.quant.dynamic import Choice, Judge, Table, measure, sequences_of, total, within_budget
 
 LENGTH = 128
 # Unsloth's list for DeepSeek-R1-Distill-Llama-8B, as quoted in https://github.com/vllm-project/vllm/pull/12974; it was made for
 # that model, and is set beside ours for what a list carried over from another Llama is worth.
 PUBLISHED = ("model.layers.1.mlp",)
-PRESETS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K")
+PRESETS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+# SmolLM2's package lies on Q4_1's grid, so q4_1 and q5_1, which would be flattered, are not offered.
+TYPES = ("iq4_xs", "iq4_nl", "q4_0", "q4_K", "q5_0", "q5_K", "q6_K", "q8_0", "f16")
+PARTS = (0.1, 0.2, 0.4, 0.6)  # budgets of NF4's mixes, of the way from all in 4 bits to all in 16
 
 
 @dataclass(frozen=True)
@@ -62,13 +73,12 @@ def texts() -> tuple[str, str]:
 
 
 class Curve:
-    """The points so far, kept on the disk."""
+    """The points so far: kept in the folder `at`, published in `out` with what they are of."""
 
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        self.file = folder / "curve.json"
-        data = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {"points": []}
-        self.about = {**data, **about}
-        self.points = [Measured(**p) for p in data["points"]]
+    def __init__(self, at: Path, out: Path, about: dict[str, Any]) -> None:
+        self.kept, self.file, self.about = at / "points.json", out / "curve.json", about
+        known = json.loads(self.kept.read_text(encoding="utf-8")) if self.kept.exists() else []
+        self.points = [Measured(**p) for p in known]
 
     def has(self, format: str, name: str) -> bool:
         """Whether this point was measured."""
@@ -78,7 +88,11 @@ class Curve:
         """Keep a point."""
         self.points.append(point)
         print(f"{point.format} {point.name}: {point.bytes / 2**20:.2f} MiB, KL {point.kl:.4g}", flush=True)
-        points = [asdict(p) for p in sorted(self.points, key=lambda p: (p.format, p.bytes))]
+        self.kept.write_text(json.dumps([asdict(p) for p in self.points]), encoding="utf-8")
+
+    def publish(self) -> None:
+        """Write curve.json."""
+        points = [asdict(p) for p in sorted(self.points, key=lambda p: (p.format, p.bytes, p.name))]
         self.file.write_text(json.dumps({**self.about, "points": points}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -100,10 +114,7 @@ def nf4(table: Table, model: Any, held_out: Any, curve: Curve) -> None:
     ]
     for name, size in (
         ("dynamic at that list's bytes", total(table, listed)[0]),
-        *(
-            (f"dynamic, {part:.0%} of the way to 16 bits", int(nested + part * (most - nested)))
-            for part in (0.1, 0.2, 0.4)
-        ),
+        *((f"dynamic, {part:.0%} of the way to 16 bits", int(nested + part * (most - nested))) for part in PARTS),
     ):
         mixes.append((name, True, within_budget(table, size), size))
     for name, dynamic, mix, size in mixes:
@@ -114,72 +125,36 @@ def nf4(table: Table, model: Any, held_out: Any, curve: Curve) -> None:
         curve.add(Measured("nf4", name, dynamic, size, judge.kl(mix), held_out.numel(), None, None, predicted))
 
 
-def gguf(table: Table, options: argparse.Namespace, curve: Curve, calibration: Path, held_out: Path) -> None:
-    """llama.cpp's own mixes, and ours in exactly their bytes."""
-    from gguf import GGUFReader
-
-    if all(curve.has("gguf", n) for p in options.presets for n in (p, f"dynamic at {p}'s bytes")):
-        return
-    at = options.scratch
-    at.mkdir(parents=True, exist_ok=True)
-    llama = Llama(options.llama_bin, at, options.gguf)
-    tokens = ("-c", LENGTH, "-b", 512, "-t", options.threads, "--chunks")
-    if not (at / "imatrix.gguf").exists():
-        matrix = ("-f", calibration, "-o", at / "imatrix.gguf", "--no-ppl")
-        llama.run("llama-imatrix", "-m", options.gguf, *matrix, *tokens, options.tokens // LENGTH)
-    ask = ("-f", held_out, "--kl-divergence-base", at / "base.kld", *tokens, options.held_tokens // LENGTH)
-    if not (at / "base.kld").exists():
-        llama.run("llama-perplexity", "-m", options.gguf, *ask)
-    for preset in options.presets:
-        name = f"dynamic at {preset}'s bytes"
-        if curve.has("gguf", preset) and curve.has("gguf", name):
-            continue
-        llama.quantise(preset)
-        size = sum(int(t.n_bytes) for t in GGUFReader(at / "out.gguf").tensors)
+def gguf(table: Table, llama: Llama, presets: tuple[str, ...], held_tokens: int, curve: Curve) -> None:
+    """llama.cpp's own mixes, ours in exactly their bytes, and ours half-way between them."""
+    sizes = {}
+    for preset in presets:
         if not curve.has("gguf", preset):
-            kl, error, top1 = llama.divergence(ask)
-            curve.add(Measured("gguf", preset, False, size, kl, options.held_tokens, error, top1, None))
-        mix = within_budget(table, size)
-        (at / "types.txt").write_text("\n".join(Choice.of(table, mix).llama_lines()), encoding="utf-8")
-        llama.quantise(preset, "--tensor-type-file", at / "types.txt")
-        got = sum(int(t.n_bytes) for t in GGUFReader(at / "out.gguf").tensors)
+            size = weights_in(llama.quantise(preset))
+            kl, error, top1 = llama.divergence()
+            curve.add(Measured("gguf", preset, False, size, kl, held_tokens, error, top1, None))
+        sizes[preset] = next(p.bytes for p in curve.points if (p.format, p.name) == ("gguf", preset))
+    budgets = {f"dynamic at {p}'s bytes": size for p, size in sizes.items()}
+    for (p, a), (q, b) in pairwise(sorted(sizes.items(), key=lambda item: item[1])):
+        budgets[f"dynamic, half-way from {p} to {q}"] = (a + b) // 2
+    for name, budget in budgets.items():
+        if curve.has("gguf", name):
+            continue
+        mix = within_budget(table, budget)
+        file = llama.at / "types.txt"
+        file.write_text("\n".join(Choice.of(table, mix).llama_lines()), encoding="utf-8")
+        got = weights_in(llama.quantise(presets[0], "--tensor-type-file", file))
         if got != total(table, mix)[0]:
             raise SystemExit(f"llama-quantize wrote {got} bytes of weights, the table says {total(table, mix)[0]}.")
-        kl, error, top1 = llama.divergence(ask)
-        curve.add(Measured("gguf", name, True, got, kl, options.held_tokens, error, top1, total(table, mix)[1]))
+        kl, error, top1 = llama.divergence()
+        curve.add(Measured("gguf", name, True, got, kl, held_tokens, error, top1, total(table, mix)[1]))
 
 
-class Llama:
-    """llama.cpp's tools in one folder."""
+def weights_in(file: Path) -> int:
+    """Bytes of a GGUF's tensors."""
+    from gguf import GGUFReader
 
-    def __init__(self, tools: Path, at: Path, source: Path) -> None:
-        self.tools, self.at, self.source = tools, at, source
-
-    def run(self, tool: str, *arguments: Any) -> str:
-        """What the tool printed; its failure ends the script."""
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(self.tools)}
-        done = subprocess.run(
-            [str(self.tools / tool), *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise SystemExit(f"{tool} ended with {done.returncode}: {done.stderr[-2000:]}")
-        return done.stdout + done.stderr
-
-    def quantise(self, preset: str, *more: Any) -> None:
-        """Write out.gguf."""
-        (self.at / "out.gguf").unlink(missing_ok=True)
-        self.run(
-            "llama-quantize", "--imatrix", self.at / "imatrix.gguf", *more, self.source, self.at / "out.gguf", preset, 2
-        )
-
-    def divergence(self, ask: tuple[Any, ...]) -> tuple[float, float, float]:
-        """Mean KL, its standard error, share of equal first choices."""
-        said = self.run("llama-perplexity", "-m", self.at / "out.gguf", *ask, "--kl-divergence")
-        mean = re.search(r"Mean\s+KLD:\s+([\d.]+) ±\s+([\d.]+)", said)
-        top = re.search(r"Same top p:\s+([\d.]+)", said)
-        if not mean or not top:
-            raise SystemExit("llama-perplexity printed no divergence.")
-        return float(mean[1]), float(mean[2]), float(top[1]) / 100
+    return sum(int(t.n_bytes) for t in GGUFReader(file).tensors)
 
 
 def draw(curve: Curve, folder: Path) -> None:
@@ -211,55 +186,77 @@ def draw(curve: Curve, folder: Path) -> None:
             (folder / f"{format}.svg").write_text(svg.replace("</svg>", key + "</svg>") + "\n", encoding="utf-8")
 
 
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded:smollm2-135m", help="a folder; by default the embedded SmolLM2")
+    parser.add_argument("--name", default="SmolLM2-135M", help="the model's name in the chart")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--types", type=lambda s: tuple(s.split(",")), default=TYPES, help="GGUF types to choose among")
+    parser.add_argument("--presets", type=lambda s: tuple(s.split(",")), default=PRESETS, help="llama.cpp's own mixes")
+    parser.add_argument("--tokens", type=int, default=2048, help="of calibration text")
+    parser.add_argument("--length", type=int, default=48, help="tokens a sequence, in measuring")
+    parser.add_argument("--draws", type=int, default=2, help="of labels from the model, in measuring")
+    parser.add_argument("--held-tokens", type=int, default=2048, help="of the text that judges")
+    half = max(1, len(os.sched_getaffinity(0)) // 2)
+    parser.add_argument("--threads", type=int, default=half, help="of llama.cpp's tools; half of the cores")
+    parser.add_argument("--anew", action="store_true", help="measure again what these settings have measured before")
+    return parser.parse_args()
+
+
 def main() -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--name", required=True, help="the model's name in the chart")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--llama-bin", type=Path, help="folder of llama-quantize, llama-imatrix and llama-perplexity")
-    parser.add_argument("--gguf", type=Path, help="the model in f16, from convert_hf_to_gguf.py")
-    parser.add_argument("--types", default="", help="GGUF types to choose among")
-    parser.add_argument("--presets", type=lambda s: tuple(s.split(",")), default=PRESETS)
-    parser.add_argument("--only", choices=("nf4", "gguf"), help="one of the two charts")
-    parser.add_argument("--tokens", type=int, default=2048, help="of calibration text")
-    parser.add_argument("--length", type=int, default=LENGTH, help="tokens a sequence, in measuring")
-    parser.add_argument("--draws", type=int, default=2)
-    parser.add_argument("--held-tokens", type=int, default=2048)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--scratch",
-        type=Path,
-        default=Path("scratch"),
-        help="where GGUF files are made; importance matrix and reference are kept",
-    )
-    options = parser.parse_args()
+    from sparkproof.engines.pretrained import resolve
+    from sparkproof.session import default_cache_dir
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
+    base = resolve(options.model, "", default_cache_dir()).path
+    known = ("name", "types", "presets", "tokens", "length", "draws", "held_tokens")
+    settings = {key: getattr(options, key) for key in known}
+    mark = hashlib.sha256(json.dumps([settings, str(base.resolve()), llama_tools.pin()]).encode()).hexdigest()[:16]
+    at = default_cache_dir() / "dynamic-curve" / mark
+    if options.anew:
+        shutil.rmtree(at, ignore_errors=True)
+    at.mkdir(parents=True, exist_ok=True)
     calibration, held_out = texts()
-    curve = Curve(
-        options.out, {"model": options.name, "command": " ".join(["python", *sys.argv]), "tokens": options.tokens}
-    )
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32")
+    command = shlex.join(["python", *sys.argv])
+    curve = Curve(at, options.out, {"model": options.name, "command": command, "settings": settings})
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     sequences = sequences_of(tokenizer, calibration, options.tokens, options.length)
-    wanted = [options.only] if options.only else ["nf4", "gguf"]
-    if "gguf" in wanted and not (options.llama_bin and options.gguf):
-        parser.error("The chart of GGUF types needs --llama-bin and --gguf; --only nf4 draws the other.")
-    for format in wanted:
-        file = options.out / f"table_{format}.json"
+    for format in ("gguf", "nf4"):
+        file = at / f"table_{format}.json"
         if not file.exists():
-            types = options.types.split(",") if options.types and format == "gguf" else ()
+            print(f"measuring every weight in the types of {format}", flush=True)
+            types = options.types if format == "gguf" else ()
             measure(model, sequences, format, types, options.draws, name=options.name).write(file)
         table = Table.read(file)
         if format == "nf4":
             nf4(table, model, sequences_of(tokenizer, held_out, options.held_tokens, LENGTH), curve)
         else:
-            (options.out / "calibration.txt").write_text(calibration, encoding="utf-8")
-            (options.out / "held_out.txt").write_text(held_out, encoding="utf-8")
-            gguf(table, options, curve, options.out / "calibration.txt", options.out / "held_out.txt")
+            llama = tools(at, base, options)
+            (at / "calibration.txt").write_text(calibration, encoding="utf-8")
+            (at / "held_out.txt").write_text(held_out, encoding="utf-8")
+            llama.prepare(at / "calibration.txt", options.tokens, at / "held_out.txt", options.held_tokens)
+            gguf(table, llama, options.presets, options.held_tokens, curve)
+        curve.publish()
         draw(curve, options.out)
+
+
+def tools(at: Path, base: Path, options: argparse.Namespace) -> Llama:
+    """llama.cpp's tools, built where they are not yet, and the model in f16."""
+    from sparkproof.session import default_cache_dir
+    from sparktune.export import export_gguf
+
+    folder, source = default_cache_dir() / "llama-tools", at / "f16.gguf"
+    if not llama_tools.built(folder):
+        print("building llama.cpp's tools", flush=True)
+        llama_tools.build(folder)
+    if not source.exists():
+        export_gguf(base, source, "f16", name=options.name)
+    return Llama(folder, at, source, LENGTH, options.threads)
 
 
 if __name__ == "__main__":

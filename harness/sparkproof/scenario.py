@@ -272,10 +272,27 @@ class ExpectedDifference(Strict):
 
     families: list[str] = Field(min_length=1, description="Whose exports it holds for, as in `source`.")
     assertion: str = Field(description="The assertion's name.")
-    value: int | float | str = Field(description="What is seen: another value fails.")
+    formats: list[ExportFormat] = Field(default_factory=list, description="In which formats; empty: in all.")
+    value: int | float | str | None = Field(
+        default=None, description="What is seen: another value fails. Left out: any, if the evidence has `shows`."
+    )
     shows: str = Field(default="", description="A text that the assertion's evidence has.")
     reason: str = Field(min_length=20, description="Why, in a sentence.")
-    source: str = Field(pattern="^https://", description="Where that is known from.")
+    source: str = Field(
+        default="",
+        pattern="^(https://.*)?$",
+        description="Where that is known from; empty: the evidence itself proves it.",
+    )
+
+    @model_validator(mode="after")
+    def _validate_told_apart(self) -> ExpectedDifference:
+        if self.value is None and not self.shows:
+            raise ValueError(
+                "a declared difference needs `value` or `shows`: without either it would pass whatever is seen"
+            )
+        if not self.source and not self.shows:
+            raise ValueError("a declared difference needs `source`, or `shows`, evidence that proves it")
+        return self
 
 
 class ExportScenario(ScenarioBase):
@@ -306,6 +323,12 @@ class ExportScenario(ScenarioBase):
         default=0.0,
         description="The same where the consumer itself computes in 16 bits, as vLLM does on a GPU; 0, or a format that is not "
         "named: max_kl.",
+    )
+    max_kl_file: float = Field(
+        default=0.02,
+        gt=0,
+        description="Largest mean KL(transformers over a quantised GGUF's own weights || consumer), in nats: what its "
+        "arithmetic may add, whatever the format loses.",
     )
     clear_margin: float | dict[ExportFormat, float] = Field(
         default=0.5,

@@ -4,6 +4,7 @@ import pytest
 from sparkproof import catalog
 from sparkproof.results import Assertion
 from sparkproof.runners import export_expected, export_file_judge
+from sparkproof.runners.export_rounded_judge import FORMAT_LOST, WHOLE_WAY
 from sparkproof.scenario import ExportScenario
 from test_catalog import ROOT
 
@@ -13,9 +14,9 @@ DECLARED = {
 }  # fmt: skip
 
 
-def scenario(source="tiny:qwen2@256", **changes):
+def scenario(model="tiny:qwen2@256", **changes):
     return ExportScenario(
-        kind="export", summary="an export of a test", source=source, format="gguf_f16", consumer="llama.cpp", max_kl=1,
+        kind="export", summary="an export of a test", source=model, format="gguf_f16", consumer="llama.cpp", max_kl=1,
         expected=[{**DECLARED, **changes}],
     )  # fmt: skip
 
@@ -37,12 +38,28 @@ def test_the_very_difference_passes_and_is_told():
 
 @pytest.mark.parametrize(
     ("other", "where"),
-    [({"value": 2}, {}), ({"detail": "For example 'x'."}, {}), ({}, {"source": "tiny:qwen3@256"}), ({"name": "x"}, {})],
+    [({"value": 2}, {}), ({"detail": "For example 'x'."}, {}), ({}, {"model": "tiny:qwen3@256"}), ({"name": "x"}, {})],
     ids=["more", "another string", "another family", "another assertion"],
 )
 def test_anything_else_fails_as_ever(other, where):
     assertions = seen(**other)
     assert export_expected.apply(assertions, scenario(**where)) == (assertions, [])
+
+
+def test_a_declaration_may_name_its_formats_and_be_told_by_its_evidence_alone():
+    alone = {"value": None, "source": ""}
+    found, told = export_expected.apply(seen(value=7), scenario(**alone, formats=["gguf_f16"]))
+    assert found[1].passed and told[0].endswith("The consumer does not put text into NFC.")
+    assert not export_expected.apply(seen(detail="For example 'x'."), scenario(**alone))[0][1].passed
+    for passed in (True, False):  # of another format it says nothing, not even that it can go
+        assertions = seen(passed=passed)
+        assert export_expected.apply(assertions, scenario(formats=["gguf_q8_0"])) == (assertions, [])
+
+
+@pytest.mark.parametrize("changes", [{"value": None, "shows": ""}, {"source": "", "shows": ""}])
+def test_a_declaration_that_nothing_proves_is_refused(changes):
+    with pytest.raises(ValueError, match="a declared difference needs"):
+        scenario(**changes)
 
 
 def test_a_difference_that_is_gone_is_told():
@@ -59,7 +76,10 @@ def test_a_declaration_needs_a_reason_and_a_family():
 
 def test_what_the_projects_scenarios_declare_is_asserted_somewhere():
     declared = [d for c in catalog.load(ROOT / "scenarios").cases.values() for d in getattr(c.scenario, "expected", [])]
+    lost = [d for d in declared if FORMAT_LOST in d.shows]
+    declared = [d for d in declared if d not in lost]
     assert declared and {d.assertion for d in declared} == {"hard strings tokenised otherwise"}
+    assert lost and all(d.assertion.startswith(WHOLE_WAY) and d.formats for d in lost)
     from sparkproof.runners.export_judge import tokenizer
     from sparkproof.runners.export_probe import HARD_STRINGS
 

@@ -127,3 +127,35 @@ def test_vllm_itself_serves_a_tiny_models_export(tmp_path, format_):
     assert result.verdict is Verdict.PASSED, result.reason
     assert result.evidence["backend"]["arithmetic"] == "float32" and result.evidence["backend"]["attention"]
     assert any(name.startswith("vllm") for name in result.evidence["versions"])
+
+
+def saved(folder, **config):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(**config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "there"),
+    [
+        ({"model_type": "llama"}, True),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512, "qk_rope_head_dim": 64}, True),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 32, "qk_rope_head_dim": 64}, False),
+        ({"model_type": "deepseek_v2", "kv_lora_rank": 512, "qk_rope_head_dim": 16}, False),
+    ],
+)
+def test_latent_attention_has_a_kernel_on_a_cpu_for_deepseeks_own_widths(tmp_path, config, there):
+    assert export_vllm.latent_kernel(saved(tmp_path, **config)) is there
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [("mlp.experts.base_layer", True), ("mlp.experts", True), ("mlp.shared_experts.up_proj", False)],
+)
+def test_an_adapter_on_stacks_of_experts_is_known_by_its_tensors(tmp_path, module, found):
+    from safetensors.numpy import save_file
+
+    name = f"base_model.model.model.layers.1.{module}.lora_A.weight"
+    save_file({name: np.zeros((2, 2), dtype=np.float32)}, tmp_path / "adapter_model.safetensors")
+    assert export_vllm.stacked(tmp_path) is found

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[2]
 WANTED = {  # what an export judge must be able to find
     "merged-twice", "wrong-scale", "four-bit-base", "transposed", "tied-dropped", "vocabulary-padded", "rope-scaling",
-    "pre-tokenizer", "no-system-prompt", "bos-doubled", "stop-missing", "repacked", "truncated",
+    "pre-tokenizer", "no-system-prompt", "bos-doubled", "stop-missing", "repacked", "wrong-tensor", "truncated",
 }  # fmt: skip
 
 

@@ -1,9 +1,22 @@
 """What llama.cpp takes for granted of a family: told to it, refused, or said; and the exports that prove it, by distributions."""
 
+import json
+
 import pytest
 from sparkproof.engines.tiny import WIDE_CHANGES, make
-from sparktune.export import ExportError, export_gguf
+from sparktune.export import ExportError, export_gguf, export_merged
 from sparktune.export.llama_cpp_limits import complete
+
+
+def test_a_merged_deepseek_v3_has_the_keys_that_vllm_asks_for(tmp_path):
+    wanted = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    base = tmp_path / "base"
+    make("deepseek_v3", base)
+    config = json.loads((base / "config.json").read_text())
+    assert wanted.items() <= config.items(), "the tiny one has them as the hub's has"
+    (base / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in wanted}))
+    export_merged(base, None, tmp_path / "merged")
+    assert wanted.items() <= json.loads((tmp_path / "merged/config.json").read_text()).items()
 
 
 def test_deepseek_v3_says_that_its_router_is_a_sigmoid():

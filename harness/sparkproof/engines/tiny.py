@@ -90,7 +90,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV2Config",
         {**LATENT, "topk_method": "group_limited_greedy", "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}},
     ),
-    "deepseek_v3": ("DeepseekV3Config", {**LATENT, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **LATENT, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+            "scoring_func": "sigmoid", "topk_method": "noaux_tc",  # as on the hub: transformers' class does without, vLLM not
+        },
+    ),
     "gpt_oss": (
         "GptOssConfig",
         {

@@ -131,6 +131,15 @@ def _other_pre_tokenizer(written: Path, base: Path, adapter: Path) -> None:
     field.parts[field.data[0]][:] = np.frombuffer(b"falcon", dtype=np.uint8)
 
 
+def _exchanged(written: Path, base: Path, adapter: Path) -> None:
+    """Two tensors of one shape and type, each under the other's name."""
+    from gguf import GGUFReader
+
+    found = {t.name: t for t in GGUFReader(written, "r+").tensors}
+    gate, up = (found[f"blk.0.ffn_{part}.weight"].data for part in ("gate", "up"))
+    gate[:], up[:] = up.copy(), gate.copy()
+
+
 def _template(change: Callable[[str], str]) -> Callable[[Path, Path, Path], None]:
     def spoil(written: Path, base: Path, adapter: Path) -> None:
         file = written / "chat_template.jinja"
@@ -176,5 +185,7 @@ FAULTS = (
           file=_other_stop),
     Fault("repacked", "weights come from a 4-bit layer that bitsandbytes repacked for AVX512-BF16", "merged_16bit", _DISTANCE,
           "repacked", _repacked),
+    Fault("wrong-tensor", "two tensors of a quantised GGUF are exchanged", "gguf_q4_0", "mean KL(the file's weights",
+          file=_exchanged),
     Fault("truncated", "a shard ends early", "merged_16bit", "files that are not whole", file=_cut),
 )  # fmt: skip

@@ -26,8 +26,9 @@ SCHEMA: Literal["sparkproof/selftest-export/1"] = "sparkproof/selftest-export/1"
 MODEL = "tiny:llama@256"
 ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32}  # fmt: skip
-HEALTHY = {"merged_16bit": "transformers", "gguf_f16": "llama.cpp"}
-MAX_KL = 5e-3
+HEALTHY = {"merged_16bit": "transformers", "gguf_f16": "llama.cpp", "gguf_q4_0": "llama.cpp"}
+MAX_KL = {"merged_16bit": 5e-3, "gguf_f16": 5e-3, "gguf_q4_0": 1.5}
+CLEAR = {"gguf_q4_0": 3.0}
 
 
 class ExportTrial(Strict):
@@ -167,7 +168,7 @@ def _trial(folder: Path, base: Path, adapter: Path, name: str, format_: str, fau
 
     known = export_source.Source(str(base), "", "", adapter, export_source.PROMPT, export_source.ANSWER)
     scenario = {"kind": "export", "summary": "an export to plant faults into", "source": MODEL, "format": format_,
-                "consumer": HEALTHY[format_], "max_kl": MAX_KL}  # fmt: skip
+                "consumer": HEALTHY[format_], "max_kl": MAX_KL, "clear_margin": CLEAR}  # fmt: skip
     case = Case.model_validate({"name": name, "file": "selftest", "scenario": scenario})
     context = planting.in_this_process(export_child, folder / "run", folder / "cache")
     with _planted(folder, fault), mock.patch.object(export_source, "get", lambda *args: known):

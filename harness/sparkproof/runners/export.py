@@ -4,6 +4,7 @@
     write           adapter, merged folder, GGUF ..., out of the 16-bit base and the adapter; and a look into the file
     reference       base16+adapter or base4+adapter in transformers and PEFT; once a run for all cases of one adapter
     consume         transformers, PEFT, llama.cpp, vLLM or Ollama loads what was written and answers the same questions
+    rounded         of a quantised GGUF: transformers over the file's own weights answers them too
 
 `sparkproof.runners.export_judge` judges what they return. Merged folders and GGUF files are large and made again in
 seconds, so a case that passed removes them; after a failure they stay for whoever looks.
@@ -29,8 +30,10 @@ from sparkproof.runners import (
     export_account,
     export_consumers,
     export_expected,
+    export_formats,
     export_judge,
     export_ollama_case,
+    export_rounded_judge,
     export_source,
 )
 from sparkproof.runners.base import Context
@@ -177,15 +180,47 @@ def _export_and_judge(e: Export, source: Source) -> CaseResult:
         exported = np.load(rows)
         rows.unlink()
     judged = export_judge.judge(scenario, reference, exported, questions, seen)
+    own: export_rounded_judge.Rounded | None = None
+    untold: list[str] = []
+    if seen["answers"] is not None and export_formats.quantised(scenario.format):
+        own, untold = _rounded(e, source, base, questions_file)
+    if own is not None:
+        tight = export_rounded_judge.judge(scenario, own, exported, seen)
+        asked_of = {**questions, "canary_answer": source.canary_answer}
+        judged = [
+            *tight, *export_rounded_judge.explained(judged, tight, scenario, reference, own, exported, asked_of)
+        ]  # fmt: skip
     assertions, declared = export_expected.apply(judged, scenario)
     verdict, reason = CaseResult.decide(assertions)
     if verdict is Verdict.PASSED and scenario.format != "adapter":
         shutil.rmtree(e.out) if e.out.is_dir() else e.out.unlink()
     told = _told(e, reference, exported, questions, written, seen)
-    told["notices"] += declared
+    told["notices"] += declared + untold
+    if own is not None:
+        told["measurements"] += export_rounded_judge.measurements(scenario, reference, own, exported)
+        told["evidence"]["the file's own weights"] = export_rounded_judge.evidence(own)
     return CaseResult(
         verdict=verdict, reason=reason, next_step=export_account.next_step(assertions), assertions=assertions, **told
     )
+
+
+def _rounded(
+    e: Export, source: Source, base: str, questions_file: Path
+) -> tuple[export_rounded_judge.Rounded | None, list[str]]:
+    """What transformers says over the file's own weights, or a sentence why it was not asked."""
+    rows = e.folder / "rounded.npy"
+    found = e.phase(
+        "rounded",
+        {
+            "file": str(e.out), "base": base, "adapter": str(source.adapter), "questions": str(questions_file),
+            "probabilities": str(rows),
+        },
+    )  # fmt: skip
+    if "unplaceable" in found:
+        return None, [f"Not held to the file's own weights in transformers: {found['unplaceable']}"]
+    own = export_rounded_judge.Rounded(np.load(rows), found["answers"], found["strays"], found["missing"])
+    rows.unlink()
+    return own, []
 
 
 def _ollama(

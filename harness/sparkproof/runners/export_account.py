@@ -8,6 +8,7 @@ import numpy as np
 
 from sparkproof.results import Assertion, Measurement
 from sparkproof.runners import export_judge
+from sparkproof.runners.export_rounded_judge import FORMAT_LOST
 from sparkproof.scenario import ExportScenario
 
 
@@ -104,18 +105,22 @@ def evidence(
 def next_step(assertions: list[Assertion]) -> str:
     """What to look at first, by the first assertion that did not hold."""
     for a in assertions:
+        if not a.passed and FORMAT_LOST in a.detail:
+            return "The file is right and is read right: take a larger type for this model, or a dynamic mix of types."
         if not a.passed:
             return next((hint for start, hint in HINTS.items() if a.name.startswith(start)), "")
     return ""
 
 
 _OFF = "Compare the formats of this run: if all are off, the merge is wrong; if one is, its writer or consumer."
+_READ = "The consumer makes something else of the file than its weights say: look at its rope.* and attention keys."
 HINTS = {
     "files that": "The export was cut short or copied in part: export again, and compare sizes.",
     "times that": "The adapter was merged more than once, not at all, or at another scale than alpha / r.",
     "distance of": "Weights differ from base + update beyond rounding: see what the evidence says they look like.",
     "generation ends": "The stop tokens were lost: compare eos_token_id in generation_config.json, or the GGUF's.",
     "conversations fed": "The consumer adds or drops special tokens: look at add_bos_token and at the template's beginning.",
+    "tensors of the file": "The file holds other weights than base and adapter: look at the tensors that the evidence names.",
     "tensors of": "Look at the types with `gguf-dump FILE` or in the safetensors headers: not what was asked for.",
     "parameters": "The file lacks tensors or rows: compare its tensors with the base's.",
     "file size": "Export again with enough disk space.",
@@ -130,6 +135,8 @@ HINTS = {
     "stop texts": "Compare the Modelfile's PARAMETER stop lines with the end of an answer in the chat template.",
     "prompts that Ollama": "It adds or drops tokens: look at add_bos_token and at the template's beginning.",
     "first tokens": "Weights or tokenizer are off: try the same file in llama.cpp.",
+    "mean KL(the file": _READ,
+    "canary answer as": _READ,
     "mean KL": _OFF,
     "top-1": _OFF,
     "hard strings": "The tokenizer or its pre-tokenizer id is not the base model's: look at `tokenizer.ggml.pre`.",

@@ -1,6 +1,6 @@
-"""The phases of an export case, each the entry of a fresh process: `teach`, `write`, `reference`, `consume`. None judges.
+"""The phases of an export case, each the entry of a fresh process: `teach`, `write`, `reference`, `consume`, `rounded`.
 
-`consume` also runs in vLLM's own environment, so it imports nothing there but the consumer's own module.
+None of them judges. `consume` also runs in vLLM's own environment, so it imports nothing there but the consumer's own module.
 """
 
 from __future__ import annotations
@@ -127,6 +127,32 @@ def consume(payload: dict[str, Any]) -> dict[str, Any]:
         model.close()
     np.save(payload["probabilities"], rows)
     return {"answers": answers, "versions": versions(consumer), "backend": backend, "device": backend["device"]}
+
+
+def rounded(payload: dict[str, Any]) -> dict[str, Any]:
+    """The same questions to transformers over a GGUF's own weights, or `unplaceable`, why they can't be put back.
+
+    Keys: file, base, adapter, questions, probabilities.
+    """
+    import tempfile
+
+    import numpy as np
+
+    from sparkproof.runners import export_layout, export_rounded
+    from sparkproof.runners.export_hf import HfModel
+
+    questions = json.loads(Path(payload["questions"]).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(prefix="sparkproof-rounded-") as scratch:
+        folder = Path(scratch, "model")
+        progress("putting the file's weights back where the base has them")
+        try:
+            found = export_rounded.write(Path(payload["file"]), Path(payload["base"]), Path(payload["adapter"]), folder)
+        except export_layout.Unplaceable as error:
+            return {"unplaceable": str(error)}
+        model = HfModel(folder)
+        rows, answers = ask(model, questions, questions["vocabulary"], progress)
+    np.save(payload["probabilities"], rows)
+    return {**found, "answers": answers}
 
 
 def load(consumer: str, path: Path, base: Path, format_: str) -> Model:

@@ -20,6 +20,7 @@ ROUNDING = {
     "F32": 1e-6, "F16": 4e-4, "BF16": 3e-3, "Q8_0": 0.015, "Q6_K": 0.04, "Q5_K": 0.07, "Q5_1": 0.07, "Q5_0": 0.08,
     "Q4_K": 0.14, "Q4_1": 0.14, "Q4_0": 0.16, "MXFP4": 0.25, "U8": 0.16,
 }  # fmt: skip
+WHOLE = frozenset({"F32", "F16", "BF16"})  # types whose rounding hardly shows
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
@@ -47,6 +48,11 @@ FORMATS = {
     "gguf_mxfp4": Format(LLAMA, "MXFP4", frozenset({"Q8_0"})),
     "ollama_q8_0": Format(("ollama",), "Q8_0"),
 }
+
+
+def quantised(format_: str) -> bool:
+    """Whether it is a GGUF whose weights lose what can be seen."""
+    return format_.startswith("gguf_") and FORMATS[format_].main not in WHOLE
 
 
 def allowed(format_: str, row: int) -> set[str]:

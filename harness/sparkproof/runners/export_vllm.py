@@ -8,6 +8,7 @@ are fp32; on a GPU vLLM's kernels have no fp32 attention, so they are the model'
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,7 +24,9 @@ UNKNOWN = (  # how vLLM says that a model, or what it needs, is not for it or no
     "does not support",
     "No valid attention backend",
     "not implemented",
+    "module 'triton.language' has no attribute",  # its LoRA on experts is Triton's alone, and a CPU has a stand-in without it
 )
+MLA = (512, 64)  # kv_lora_rank and qk_rope_head_dim: the one size that its CPU kernel for latent attention has
 CONTEXT = 512
 CACHE_BYTES = 1 << 30  # of keys and values, for one prompt at a time
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank, as in sparktune.export.vllm
@@ -45,6 +48,10 @@ class VllmModel:
         start = time.perf_counter()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         more: dict[str, Any] = {"enable_lora": True, "max_lora_rank": room(adapter), "max_loras": 1} if adapter else {}
+        if adapter and stacked(adapter):  # PEFT's form of LoRA on experts, as vLLM's own error asks for it
+            more["enable_mixed_moe_lora_format"] = True
+        if self.device == "cpu" and not latent_kernel(folder):
+            os.environ["VLLM_MLA_DISABLE"] = "1"  # plain attention over keys and values of every head, the same sums
         exact = self.device == "cpu" and not serve
         if serve:
             more |= {"enable_prefix_caching": False, "disable_log_stats": False}
@@ -56,12 +63,13 @@ class VllmModel:
                 max_logprobs=-1, logprobs_mode="raw_logprobs", max_num_seqs=2,
                 seed=0, **more,
             )  # fmt: skip
+            self.lora = LoRARequest("adapter", 1, str(adapter), is_3d_lora_weight=stacked(adapter)) if adapter else None
+            self._continued([1, 2, 3], 1)  # what a backend lacks it often says only here
         except (ValueError, NotImplementedError, RuntimeError, AttributeError) as error:
             said = " ".join(str(error).split())
             if any(word in said for word in UNKNOWN):
                 raise Unloadable(said[:300]) from error
             raise
-        self.lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
         self.tokenizer = self.llm.get_tokenizer()
         self.template: str = self.tokenizer.chat_template or ""
         self.load_s = time.perf_counter() - start
@@ -166,6 +174,23 @@ def room(adapter: Path) -> int:
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     return next((r for r in RANKS if r >= rank), rank)  # vLLM itself refuses one beyond them
+
+
+def stacked(adapter: Path) -> bool:
+    """Whether it trains experts as PEFT does where transformers holds them on one stack."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="np") as f:
+        return any(".experts." in name and ".lora_A." in name for name in f.keys())  # noqa: SIM118
+
+
+def latent_kernel(folder: Path) -> bool:
+    """Whether a CPU has vLLM's kernel for this model's attention: of latent attention, for DeepSeek's own widths alone."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    rank = getattr(config, "kv_lora_rank", None)
+    return rank is None or (rank, config.qk_rope_head_dim) == MLA
 
 
 def placement(model: Any) -> tuple[dict[str, int], dict[str, int]]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from sparktune.export import hub_config
 from sparktune.export.checkpoint import INDEX, SINGLE, Checkpoint
 from sparktune.export.files import ExportError, atomic_folder, need_space
 from sparktune.export.lora import CONFIG, WEIGHTS, Adapter
@@ -141,7 +142,7 @@ def export_merged(
         config = {
             k: v for k, v in checkpoint.config.items() if k not in ("torch_dtype", "dtype", "quantization_config")
         }
-        write_json(part / "config.json", {**config, "dtype": str(target).removeprefix("torch.")})
+        write_json(part / "config.json", {**hub_config.complete(config), "dtype": str(target).removeprefix("torch.")})
         copy_tokenizer(base, adapter, part)
         copy_files(base, part, (*OTHER_FILES, *IMAGE_FILES))
     return exported(out, len(plan), len(lora.used) if lora else 0, checkpoint.parameters, start)

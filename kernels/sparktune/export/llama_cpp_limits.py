@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparktune.export import hub_config
 from sparktune.export.files import ExportError
 
 NO_ROPE_EVERY = 4  # n_no_rope_layer_step in llama.cpp's src/models/smollm3.cpp; no key of a GGUF changes it
@@ -20,9 +21,7 @@ def complete(hparams: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     architecture = next(iter(hparams.get("architectures") or []), "")
     notes = []
-    if architecture == "DeepseekV3ForCausalLM" and not hparams.get("scoring_func"):
-        # transformers' class has no such key, and where a GGUF does not say, llama.cpp takes a softmax
-        hparams = {**hparams, "scoring_func": "sigmoid"}
+    hparams = hub_config.complete(hparams)
     if architecture == "SmolLM3ForCausalLM":
         _check_smollm3(hparams)
     rope = hparams.get("rope_parameters") or hparams.get("rope_scaling") or {}
