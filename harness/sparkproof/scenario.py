@@ -300,8 +300,8 @@ class ExportScenario(ScenarioBase):
 
     kind: Literal["export"]
     source: str = Field(
-        description="Name of the train case whose adapter is exported; or 'tiny:<family>' or 'tiny:<family>@256', a tiny "
-        "model that is taught one answer on the spot.",
+        description="Name of the train case whose adapter is exported; or 'tiny:<family>', 'tiny:<family>@256' or "
+        "'tiny:<family>@256+head', a tiny model that is taught one answer on the spot.",
     )
     format: ExportFormat = Field(
         description="What is written; ollama_q8_0: a folder with a GGUF in q8_0 and a Modelfile."

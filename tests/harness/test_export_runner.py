@@ -101,7 +101,7 @@ def failed(result):
 def test_a_correct_export_passes(context, format_):
     result = export.run(export_case(format_), context)
     assert result.verdict is Verdict.PASSED, result.reason
-    assert len(result.assertions) == {"adapter": 15, "merged_16bit": 17}.get(format_, 18)
+    assert len(result.assertions) == {"adapter": 15, "merged_16bit": 17, "gguf_q8_0": 21}.get(format_, 18)
     names = {m.name for m in result.measurements}
     assert {"KL, mean", "KL, largest", "top-1 agreement", "export size", "export time", "load time"} <= names
     assert "base16+adapter" in result.notices[0]

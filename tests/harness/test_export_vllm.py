@@ -159,3 +159,31 @@ def test_an_adapter_on_stacks_of_experts_is_known_by_its_tensors(tmp_path, modul
     name = f"base_model.model.model.layers.1.{module}.lora_A.weight"
     save_file({name: np.zeros((2, 2), dtype=np.float32)}, tmp_path / "adapter_model.safetensors")
     assert export_vllm.stacked(tmp_path) is found
+
+
+def test_a_head_of_zeros_is_a_weight_that_was_made_up():
+    from torch import nn
+
+    class Model(nn.Module):
+        def __init__(self, fill):
+            super().__init__()
+            self.lm_head = nn.Linear(2, 3, bias=False)
+            nn.init.constant_(self.lm_head.weight, fill)
+
+    assert export_vllm.empty_heads(Model(0)) == ["lm_head.weight"] and export_vllm.empty_heads(Model(1)) == []
+
+
+def test_a_head_stored_apart_changes_no_prediction(tmp_path):
+    import torch
+    from sparkproof.engines.tiny import tiny
+    from sparkproof.errors import UserError
+    from transformers import AutoModelForCausalLM
+
+    tied, headed = (tiny(f"tiny:deepseek_v3@256{end}", tmp_path).path for end in ("", "+head"))
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (tied, headed)]
+    with torch.no_grad():
+        first, second = (m(torch.tensor([[1, 5, 9]])).logits for m in models)
+    assert torch.equal(first, second) and first.any()
+    assert [json.loads((f / "config.json").read_text())["tie_word_embeddings"] for f in (tied, headed)] == [True, False]
+    with pytest.raises(UserError, match=r"no tiny model \+head wide"):
+        tiny("tiny:deepseek_v3+head", tmp_path)

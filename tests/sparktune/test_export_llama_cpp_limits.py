@@ -4,7 +4,7 @@ import json
 
 import pytest
 from sparkproof.engines.tiny import WIDE_CHANGES, make
-from sparktune.export import ExportError, export_gguf, export_merged
+from sparktune.export import ExportError, export_gguf, export_merged, export_vllm
 from sparktune.export.llama_cpp_limits import complete
 
 
@@ -17,6 +17,15 @@ def test_a_merged_deepseek_v3_has_the_keys_that_vllm_asks_for(tmp_path):
     (base / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in wanted}))
     export_merged(base, None, tmp_path / "merged")
     assert wanted.items() <= json.loads((tmp_path / "merged/config.json").read_text()).items()
+
+
+def test_a_deepseek_whose_embedding_is_its_head_is_refused_for_vllm(tmp_path):
+    make("deepseek_v3", tmp_path / "base")
+    with pytest.raises(ExportError, match="leaves it at zero"):
+        export_vllm(tmp_path / "base", None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    make("deepseek_v3", tmp_path / "headed", wide=True, headed=True)
+    assert export_vllm(tmp_path / "headed", None, tmp_path / "out").notes
 
 
 def test_deepseek_v3_says_that_its_router_is_a_sigmoid():

@@ -4,6 +4,8 @@ Nothing is downloaded. `tiny:llama` names a LlamaForCausalLM of two layers with 
 a window, soft caps, experts, latent attention ...). Weights are seeded and stored in bf16, so that the folder is a 16-bit base
 like any other; they are drawn wide enough for LoRA to steer a frozen, random head within some tens of steps.
 `tiny:llama@256` is the same with rows of 256 everywhere: what llama.cpp's K-quants, which store 256 weights at a time, need.
+`tiny:deepseek_v3@256+head` computes the same and stores its head beside its embedding: vLLM's DeepSeek has a head of its own, and
+leaves it at zero without a word where a file has none.
 
 The tokenizer is SmolLM2's, cut to its first 1,024 tokens (those are its special tokens, the 256 bytes and the most frequent
 merges): real byte-level BPE with a real chat template, and logits that a CPU makes in no time.
@@ -35,6 +37,7 @@ LATENT: dict[str, Any] = {
     "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
     "first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 32,
 }  # fmt: skip
+HEAD = "+head"  # after the width: the same model with its tied head stored apart
 WIDE = 256  # weights in a super-block of llama.cpp's K-quants
 SCALED = ("intermediate_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank", "hidden_size")
 HEADS = ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "query_pre_attn_scalar")
@@ -109,18 +112,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny(name: str, cache_dir: Path) -> Pretrained:
-    """The folder of `tiny:<family>` or `tiny:<family>@256`, made on first use (seconds).
+    """The folder of `tiny:<family>`, `tiny:<family>@256` or `tiny:<family>@256+head`, made on first use (seconds).
 
     Errors: UserError for an unknown family or width.
     """
-    family, _, width = name.removeprefix(PREFIX).partition("@")
+    headed = name.endswith(HEAD)
+    family, _, width = name.removeprefix(PREFIX).removesuffix(HEAD).partition("@")
     if family not in FAMILIES:
         raise UserError(f"There is no tiny model of '{family}'.", f"There is one of: {', '.join(FAMILIES)}.")
-    if width not in ("", str(WIDE)):
-        raise UserError(f"There is no tiny model {width} wide.", f"Write tiny:{family}, or tiny:{family}@{WIDE}.")
+    if width not in ("", str(WIDE)) or (headed and not width):
+        said = f"There is no tiny model {width}{HEAD * headed} wide."
+        raise UserError(said, f"Write tiny:{family}, tiny:{family}@{WIDE}, or tiny:{family}@{WIDE}{HEAD}.")
     import transformers
 
     recipe = [LAYOUT, VOCABULARY, SEED, FAMILIES[family][0], recipe_of(family, bool(width)), transformers.__version__]
+    recipe += [HEAD] * headed
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     models = cache_dir / "models"
     folder = models / f"tiny-{family}{width and f'-{width}'}-{digest[:16]}"
@@ -130,7 +136,7 @@ def tiny(name: str, cache_dir: Path) -> Pretrained:
             partial = Path(f"{folder}.part")
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             try:
-                make(family, partial, bool(width))
+                make(family, partial, bool(width), headed)
                 partial.rename(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -147,8 +153,8 @@ def recipe_of(family: str, wide: bool) -> dict[str, Any]:
     return recipe
 
 
-def make(family: str, out: Path, wide: bool = False) -> None:
-    """Write the model and its tokenizer to `out` as `from_pretrained` wants them."""
+def make(family: str, out: Path, wide: bool = False, headed: bool = False) -> None:
+    """Write the model and its tokenizer to `out` as `from_pretrained` wants them; `headed`: a tied head is stored apart."""
     import torch
     import transformers
 
@@ -172,6 +178,9 @@ def make(family: str, out: Path, wide: bool = False) -> None:
                 if parameter.dim() == 3:
                     mean = parameter.data.mean(dim=0, keepdim=True)
                     parameter.data.copy_(mean + ALIKE * (parameter.data - mean))
+    if headed:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     if (

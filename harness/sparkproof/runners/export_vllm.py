@@ -73,7 +73,7 @@ class VllmModel:
         self.tokenizer = self.llm.get_tokenizer()
         self.template: str = self.tokenizer.chat_template or ""
         self.load_s = time.perf_counter() - start
-        self.made_up: list[str] = []  # vLLM raises where a weight has no value
+        self.made_up: list[str] = self.llm.apply_model(empty_heads)[0]  # of other weights vLLM says so itself
 
     @property
     def vocabulary(self) -> int:
@@ -205,6 +205,12 @@ def placement(model: Any) -> tuple[dict[str, int], dict[str, int]]:
         if hasattr(m, "impl"):
             classes[type(m.impl).__name__] += 1
     return dict(devices), dict(classes)
+
+
+def empty_heads(model: Any) -> list[str]:
+    """Heads that hold nothing but zeros: a family that never ties its head to its embedding gets one where the file has none."""
+    named = [(name, m) for name, m in model.named_modules() if name.rpartition(".")[2] == "lm_head"]
+    return [f"{name}.weight" for name, m in named if hasattr(m, "weight") and not bool(m.weight.any())]
 
 
 def attention_backends(model: Any) -> set[str]:

@@ -26,6 +26,7 @@ from sparktune.export.progress import Progress, silent
 
 # vLLM's choices for --max-lora-rank (docs.vllm.ai, "Engine Arguments"); an adapter's rank may be any up to it
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+UNTIED = {"DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"}
 
 
 def export_vllm(
@@ -42,6 +43,12 @@ def export_vllm(
     The first note of the result is the command. Errors: ExportError, also for a tokenizer without a chat template.
     """
     start = time.monotonic()
+    checkpoint, _ = opened(base, adapter)
+    if checkpoint.tied and set(checkpoint.config.get("architectures") or []) & UNTIED:
+        raise ExportError(
+            "vLLM's DeepSeek has a head of its own, and leaves it at zero where the embedding is the head.",
+            "Untie them in the base: model.lm_head.weight = a copy, and tie_word_embeddings false.",
+        )
     with atomic_folder(out) as part:
         done = export_merged(base, adapter, part / "model", dtype, shard_bytes=shard_bytes, progress=progress)
         for file in (part / "model").iterdir():
