@@ -4,7 +4,7 @@ What can be kept of a layer, and what each spares (per token; K hidden width, I 
 
     attention   its output and log-sum-exp   attention's forward, 2 S heads head_dim flops at 0.6 of a GEMM's speed
     residual    the sum after attention      the output projection, 2 heads head_dim K flops
-    qkv         q, k and v, and head norms'  their projection, 2 K (q + 2 kv) flops
+    qkv         q, k and v                   their projection, 2 K (q + 2 kv) flops
     gate_up     gate and up                  theirs, 4 K I flops; by strips of rows, see `layer_mlp`
 
 A byte of any of the last three spares K flops; of attention S, slower. So attention goes first where rows are longer than 0.6
@@ -40,7 +40,7 @@ WHOLE = (
 )
 STRIP = 2048  # of more rows, at once: as fast in products as all of 16384, half as many 3% slower (H200)
 WEIGHTS = "weights"  # besides: the layer's weights in 16 bits
-NORMS = "norms"  # and the rows of both norms
+NORMS = "norms"  # and the rows of both norms, and q and k after the norms of heads
 INPUT = "input"  # what everything that is not kept is made of; kept, on the device or in host memory
 NONE: frozenset[str] = frozenset()
 
@@ -96,9 +96,9 @@ class LayerShape:
         if kind == "attention":
             return self.q * self.itemsize + 4 * self.heads
         if kind == "qkv":
-            return ((self.q + 2 * self.kv) + (self.q + self.kv) * self.head_norms) * self.itemsize
+            return (self.q + 2 * self.kv) * self.itemsize
         if kind == NORMS:
-            return 2 * (self.hidden + ROOM) * self.itemsize
+            return (2 * (self.hidden + ROOM) + (self.q + self.kv) * self.head_norms) * self.itemsize
         return self.hidden * self.itemsize if kind == "residual" else 2 * self.inner * self.itemsize / self.strips
 
     @property

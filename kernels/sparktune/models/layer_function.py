@@ -131,9 +131,11 @@ class DecoderLayer(torch.autograd.Function):
         if "attention" not in kept:
             state.attended = None
         if "qkv" not in kept:
+            state.qkv = None
+        if "qkv" not in kept or (p.q_norm is not None and NORMS not in kept):
             if state.attended is not None:
                 state.attended.forget_inputs()
-            state.qkv = state.q = state.k = None
+            state.q = state.k = None
         ctx.left, leaving = _leave(call, x, state)
         ctx.stored = None if call.store is None else call.store.put(leaving, sum(n in FIRST for _, n in ctx.left))
         if INPUT not in call.leaving:
@@ -219,9 +221,8 @@ def backward(
     before[1] = before[1] or norms[0] or norms[2] or norms[3]
     before[2] = before[2] or before[1]
     before[3] = before[3] or before[2] or norms[1]
-    if callable(x) and state.x1 is None:
-        x = x()
-    if not callable(x):
+    if state.x1 is None:
+        x = x() if callable(x) else x
         advance(call, x, state)
     assert state.x1 is not None
 
@@ -244,9 +245,8 @@ def backward(
     state.x1 = None
 
     # The output projection and attention.
-    if callable(x):
-        x = x()
-        _attend(call, x, state)
+    x = x() if callable(x) else x
+    _attend(call, x, state)
     assert state.attended is not None
     out = state.attended.output.reshape(x.shape[0], -1)
     do, dtail = unproject(call, state, OUT, dx1, before[OUT], sums[OUT], with_room(dx1, p.o.stack.r))

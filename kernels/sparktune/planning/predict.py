@@ -150,8 +150,11 @@ def _bytes(
         mlp = max(fed[i], one) + _mlp(
             s, tokens, widths, written, layer.strips
         )  # strips that were kept come and go first
-        attention = tokens * (3 * s.q + 4 * s.kv + 2 * s.hidden) * 2 + written["qkv"]
-        phases.append(sum(alive[:i]) + own[i] - fed[i] + remade[i] + max(mlp, attention))
+        heads = (s.q + s.kv) * (s.head_norms and NORMS not in kept[i])
+        attention = tokens * (3 * s.q + 4 * s.kv + 2 * s.hidden + heads) * 2 + written["qkv"] + remade[i]
+        if "residual" not in kept[i]:  # made of all that comes before it
+            mlp += remade[i] + tokens * heads * 2
+        phases.append(sum(alive[:i]) + own[i] - fed[i] + max(mlp, attention))
     return {
         "weights": s.layer_weights * s.layers * (NF4 if load_in_4bit else 2),
         "embedding and head": s.vocabulary * s.hidden * 2 * (1 if s.tied or table_away else 2),
