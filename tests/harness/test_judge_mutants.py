@@ -120,6 +120,7 @@ def test_a_mutant_that_kills_its_process_is_found_and_harms_no_other():
         mutants.apart(mutant, "swiglu", stale)
 
 
+@pytest.mark.slow
 def test_a_judge_without_teeth_lets_mutants_live_and_the_document_says_so():
     row = in_interpreter(
         PLANT

@@ -228,6 +228,7 @@ def test_unsloth_where_it_is_not_installed(model, talk, context, monkeypatch):
     assert caught.value.skip_class == "no-engine"
 
 
+@pytest.mark.slow
 def test_in_fresh_processes(model, talk, tmp_path):
     """The whole way once, with real processes, progress and the environment that they get."""
     told = []
