@@ -82,7 +82,7 @@ bench-train: setup ## Time a QLoRA step of transformers, Liger, Unsloth and spar
 bench-export: setup ## Time writing and reading every export format, with proof of the backend (ARGS='--formats gguf')
 	@$(BIN)/sparkproof bench export $(ARGS)
 
-dynamic-curve: setup ## Draw KL against bytes of dynamic quantisation on SmolLM2-135M (half an hour, and llama.cpp's tools once)
+dynamic-curve: setup ## Draw KL against bytes of dynamic quantisation on SmolLM2-135M (up to an hour, and llama.cpp's tools once)
 	$(BIN)/python scripts/dynamic_curve.py --out reports/published/dynamic/smollm2 $(ARGS)
 
 sanitize: setup ## Look for memory errors and races in every kernel with NVIDIA's compute-sanitizer (needs a GPU)
