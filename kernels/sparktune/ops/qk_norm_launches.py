@@ -60,7 +60,8 @@ class Config:
 
 def launches(p: DeviceProperties) -> list[Launch]:
     """Real heads in bf16 and Llama's order, partial ones, and Gemma's order and the other dtypes at heads of 128."""
-    heads = ((32, 8, 64, 64), (32, 8, 80, 32), (32, 32, 96, 96), (32, 8, 128, 128), (8, 4, 256, 256))
+    heads = [(32, 8, 64, 64), (32, 8, 80, 32), (32, 32, 96, 96), (32, 8, 128, 128), (8, 4, 256, 256)]
+    heads.append((32, 4, 128, 128))  # q and k in tiles of different heights, as Qwen3-30B-A3B has it
     cases = [(h, torch.bfloat16, "llama") for h in heads]
     cases += [((32, 8, 128, 128), torch.float32, "gemma"), ((32, 8, 128, 128), torch.float16, "llama")]
     found = []

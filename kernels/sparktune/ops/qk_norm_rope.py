@@ -61,6 +61,20 @@ def reference(
 
 
 @triton.jit
+def _group(
+    x_ptr, y_ptr, first, heads, x_head, y_head, w_ptr, cos_ptr, sin_ptr, position_ptr, token, length, eps,
+    dtype: tl.constexpr, POSITIONS: tl.constexpr, GEMMA: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile of q or of k; a function of its own, since a name can't have one shape for q and another for k."""
+    a, b, e = load_heads(x_ptr, first, heads, x_head, HALF, REST, HALF_BLOCK, REST_BLOCK, TILE)
+    forward_heads(
+        a, b, e, y_ptr, first, heads, y_head, w_ptr, cos_ptr, sin_ptr, position_ptr, token, length, eps, dtype,
+        POSITIONS, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, TILE,
+    )  # fmt: skip
+
+
+@triton.jit
 def forward_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, wq_ptr, wk_ptr, cos_ptr, sin_ptr, position_ptr, sequence, length, q_heads,
     k_heads, q_batch, q_token, q_head, k_batch, k_token, k_head, q_out_batch, q_out_token, q_out_head,
@@ -91,15 +105,13 @@ def forward_kernel(
             eps, dtype, POSITIONS, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, K_TILE,
         )  # fmt: skip
     elif of_q:
-        a, b, e = load_heads(q_ptr, first, q_heads, q_head, HALF, REST, HALF_BLOCK, REST_BLOCK, Q_TILE)
-        forward_heads(
-            a, b, e, q_out_ptr, first, q_heads, q_out_head, wq_ptr, cos_ptr, sin_ptr, position_ptr, token, length,
+        _group(
+            q_ptr, q_out_ptr, first, q_heads, q_head, q_out_head, wq_ptr, cos_ptr, sin_ptr, position_ptr, token, length,
             eps, dtype, POSITIONS, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, Q_TILE,
         )  # fmt: skip
     else:
-        a, b, e = load_heads(k_ptr, first, k_heads, k_head, HALF, REST, HALF_BLOCK, REST_BLOCK, K_TILE)
-        forward_heads(
-            a, b, e, k_out_ptr, first, k_heads, k_out_head, wk_ptr, cos_ptr, sin_ptr, position_ptr, token, length,
+        _group(
+            k_ptr, k_out_ptr, first, k_heads, k_head, k_out_head, wk_ptr, cos_ptr, sin_ptr, position_ptr, token, length,
             eps, dtype, POSITIONS, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, K_TILE,
         )  # fmt: skip
 
@@ -362,8 +374,8 @@ halves-share-weights @head_norms: the second half multiplied by the first half's
 - like_llama(b * r, dtype, GEMMA) * wb
 + like_llama(b * r, dtype, GEMMA) * wa
 keys-by-query-weight: keys multiplied by the queries' weight
-- a, b, e, k_out_ptr, first, k_heads, k_out_head, wk_ptr
-+ a, b, e, k_out_ptr, first, k_heads, k_out_head, wq_ptr
+- k_heads, k_head, k_out_head, wk_ptr
++ k_heads, k_head, k_out_head, wq_ptr
 whole-keys-by-query-weight: that, where a program has all heads
 - ka, kb, ke, k_out_ptr, first, k_heads, k_out_head, wk_ptr
 + ka, kb, ke, k_out_ptr, first, k_heads, k_out_head, wq_ptr
