@@ -12,7 +12,7 @@ chatterbot-corpus, alternating, two parts of four for calibration and two held o
 
 What takes long is kept in sparkproof's cache: llama.cpp's tools, which are built once (`llama_tools.py`), and the points, in a
 folder that is named after the model and every setting. So a run that was cut off goes on where it was, and a run with other
-settings starts anew; --anew starts the same one anew.
+settings starts anew; --anew starts the same one anew. Other --types only measure the weights and our mixes again.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ from typing import Any
 import llama_tools
 from curve_llama import Llama
 from sparktune.quant.dynamic import Choice, Judge, Table, measure, sequences_of, total, within_budget
+from sparktune.quant.dynamic.formats import GGUF_TYPES, Type
 
 LENGTH = 128
 # Unsloth's list for DeepSeek-R1-Distill-Llama-8B, as quoted in https://github.com/vllm-project/vllm/pull/12974; it was made for
 # that model, and is set beside ours for what a list carried over from another Llama is worth.
 PUBLISHED = ("model.layers.1.mlp",)
 PRESETS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
-# SmolLM2's package lies on Q4_1's grid, so q4_1 and q5_1, which would be flattered, are not offered.
-TYPES = ("iq4_xs", "iq4_nl", "q4_0", "q4_K", "q5_0", "q5_K", "q6_K", "q8_0", "f16")
 PARTS = (0.1, 0.2, 0.4, 0.6)  # budgets of NF4's mixes, of the way from all in 4 bits to all in 16
 
 
@@ -75,10 +74,12 @@ def texts() -> tuple[str, str]:
 class Curve:
     """The points so far: kept in the folder `at`, published in `out` with what they are of."""
 
-    def __init__(self, at: Path, out: Path, about: dict[str, Any]) -> None:
-        self.kept, self.file, self.about = at / "points.json", out / "curve.json", about
-        known = json.loads(self.kept.read_text(encoding="utf-8")) if self.kept.exists() else []
-        self.points = [Measured(**p) for p in known]
+    def __init__(self, at: Path, out: Path, about: dict[str, Any], offered: str) -> None:
+        """offered: a name for the GGUF types that our mixes choose among, since a point of theirs is of these alone."""
+        self.every, self.ours = at / "points.json", at / f"points_{offered}.json"
+        self.file, self.about = out / "curve.json", about
+        known = [json.loads(f.read_text(encoding="utf-8")) for f in (self.every, self.ours) if f.exists()]
+        self.points = [Measured(**p) for points in known for p in points]
 
     def has(self, format: str, name: str) -> bool:
         """Whether this point was measured."""
@@ -88,7 +89,9 @@ class Curve:
         """Keep a point."""
         self.points.append(point)
         print(f"{point.format} {point.name}: {point.bytes / 2**20:.2f} MiB, KL {point.kl:.4g}", flush=True)
-        self.kept.write_text(json.dumps([asdict(p) for p in self.points]), encoding="utf-8")
+        ours = point.dynamic and point.format == "gguf"
+        points = [asdict(p) for p in self.points if (p.dynamic and p.format == "gguf") == ours]
+        (self.ours if ours else self.every).write_text(json.dumps(points), encoding="utf-8")
 
     def publish(self) -> None:
         """Write curve.json."""
@@ -98,8 +101,6 @@ class Curve:
 
 def nf4(table: Table, model: Any, held_out: Any, curve: Curve) -> None:
     """Plain NF4 in its two forms, the published list, and mixes at their bytes and above."""
-    from sparktune.quant.dynamic.formats import Type
-
     judge: Judge | None = None
     plain = sum(Type("nf4-plain").nbytes(row.shape) for row in table.rows) + table.fixed_bytes
     all_nf4 = {row.name: "nf4" for row in table.rows}
@@ -192,7 +193,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="embedded:smollm2-135m", help="a folder; by default the embedded SmolLM2")
     parser.add_argument("--name", default="SmolLM2-135M", help="the model's name in the chart")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--types", type=lambda s: tuple(s.split(",")), default=TYPES, help="GGUF types to choose among")
+    parser.add_argument(
+        "--types", type=lambda s: tuple(s.split(",")), default=GGUF_TYPES, help="GGUF types to choose among"
+    )
     parser.add_argument("--presets", type=lambda s: tuple(s.split(",")), default=PRESETS, help="llama.cpp's own mixes")
     parser.add_argument("--tokens", type=int, default=2048, help="of calibration text")
     parser.add_argument("--length", type=int, default=48, help="tokens a sequence, in measuring")
@@ -215,19 +218,20 @@ def main() -> None:
     base = resolve(options.model, "", default_cache_dir()).path
     known = ("name", "types", "presets", "tokens", "length", "draws", "held_tokens")
     settings = {key: getattr(options, key) for key in known}
-    mark = hashlib.sha256(json.dumps([settings, str(base.resolve()), llama_tools.pin()]).encode()).hexdigest()[:16]
+    shared = {key: value for key, value in settings.items() if key != "types"}
+    mark, offered = digest([shared, str(base.resolve()), llama_tools.pin()]), digest(options.types)
     at = default_cache_dir() / "dynamic-curve" / mark
     if options.anew:
         shutil.rmtree(at, ignore_errors=True)
     at.mkdir(parents=True, exist_ok=True)
     calibration, held_out = texts()
     command = shlex.join(["python", *sys.argv])
-    curve = Curve(at, options.out, {"model": options.name, "command": command, "settings": settings})
+    curve = Curve(at, options.out, {"model": options.name, "command": command, "settings": settings}, offered)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     sequences = sequences_of(tokenizer, calibration, options.tokens, options.length)
     for format in ("gguf", "nf4"):
-        file = at / f"table_{format}.json"
+        file = at / (f"table_gguf_{offered}.json" if format == "gguf" else "table_nf4.json")
         if not file.exists():
             print(f"measuring every weight in the types of {format}", flush=True)
             types = options.types if format == "gguf" else ()
@@ -243,6 +247,11 @@ def main() -> None:
             gguf(table, llama, options.presets, options.held_tokens, curve)
         curve.publish()
         draw(curve, options.out)
+
+
+def digest(settings: Any) -> str:
+    """A short name for settings that JSON can say."""
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def tools(at: Path, base: Path, options: argparse.Namespace) -> Llama:

@@ -42,8 +42,8 @@ def drawn(tmp_path, monkeypatch):
     tools = Tools(tmp_path)
     monkeypatch.setattr(dynamic_curve, "weights_in", lambda file: tools.size)
 
-    def run():
-        curve = dynamic_curve.Curve(tmp_path, tmp_path / "out", {"model": "m", "command": "c"})
+    def run(offered="three"):
+        curve = dynamic_curve.Curve(tmp_path, tmp_path / "out", {"model": "m", "command": "c"}, offered)
         dynamic_curve.gguf(table(), tools, tuple(PRESETS), 8, curve)
         curve.publish()
         return json.loads((tmp_path / "out/curve.json").read_text())["points"]
@@ -66,6 +66,19 @@ def test_what_was_measured_is_not_measured_again(drawn):
     first = run()
     count = len(tools.made)
     assert run() == first and len(tools.made) == count == 8
+
+
+def test_other_types_on_offer_measure_our_gguf_mixes_again_and_nothing_else(drawn, tmp_path):
+    tools, run = drawn
+    first = run()
+    curve = dynamic_curve.Curve(tmp_path, tmp_path / "out", {}, "three")
+    curve.add(dynamic_curve.Measured("nf4", "a mix", True, 50, 0.1, 8, None, None, None))
+    count = len(tools.made)
+    points = run("four")
+    assert [more for _, more in tools.made[count:]] == [True] * 5
+    assert [p for p in points if p["format"] == "gguf"] == first
+    assert [p["name"] for p in points if p["format"] == "nf4"] == ["a mix"]
+    assert len(run()) == len(first) + 1 and len(tools.made) == count + 5  # the first ones are kept beside
 
 
 def test_a_file_of_other_bytes_than_the_tables_ends_the_run(drawn, monkeypatch):

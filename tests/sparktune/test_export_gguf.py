@@ -2,7 +2,11 @@
 
 import ctypes
 import json
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import export_tiny
 import families
@@ -11,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sparkproof.session import default_cache_dir
 from sparktune.export import QTYPES, ExportError, Shape, export_gguf, export_merged, plan_types
 from sparktune.export.ggml import quantise
+from sparktune.quant.dynamic.formats import GGUF_TYPES
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -110,16 +116,26 @@ def test_a_mix_takes_names_before_patterns_before_rules(base, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
 
-def test_an_importance_matrix_changes_the_bytes_and_not_the_types(base, tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "imatrix.gguf", "imatrix")
+def write_imatrix(path, sums):
+    """As llama-imatrix does: for each tensor its columns' summed squares, of 30 tokens."""
+    writer = gguf.GGUFWriter(path, "imatrix")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["made up"])
     writer.add_uint32("imatrix.chunk_count", 3)
-    columns = np.linspace(1, 900, 256, dtype=np.float32)
-    writer.add_tensor("blk.0.attn_q.weight.in_sum2", columns[None])
-    writer.add_tensor("blk.0.attn_q.weight.counts", np.full((1, 1), 30, dtype=np.float32))
+    writer.add_uint32("imatrix.chunk_size", 10)
+    for name, columns in sums.items():
+        writer.add_tensor(f"{name}.in_sum2", columns[None].astype(np.float32))
+        writer.add_tensor(f"{name}.counts", np.full((1, 1), 30, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def test_an_importance_matrix_changes_the_bytes_and_not_the_types(base, tmp_path):
+    columns = np.linspace(1, 900, 256, dtype=np.float32)
+    write_imatrix(tmp_path / "imatrix.gguf", {"blk.0.attn_q.weight": columns})
     plain = export_gguf(base, tmp_path / "a.gguf", "q4_k_m")
     weighted = export_gguf(base, tmp_path / "b.gguf", "q4_k_m", imatrix=tmp_path / "imatrix.gguf")
     a, b = read(plain.path), read(weighted.path)
@@ -211,6 +227,38 @@ def test_the_bytes_are_those_of_llama_quantize(base, tmp_path, qtype):
     assert theirs.keys() == ours.keys()
     for name, tensor in theirs.items():
         assert tensor.tensor_type == ours[name].tensor_type and (tensor.data == ours[name].data).all(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("important", [False, True])
+def test_the_bytes_of_every_type_that_mixes_are_offered_are_those_of_llama_quantize(base, tmp_path, important):
+    """Wherever scripts/llama_tools.py has built llama.cpp's tools, as `make dynamic-curve` has it do."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+    import llama_tools
+
+    tools = default_cache_dir() / "llama-tools"
+    if not llama_tools.built(tools):
+        pytest.skip("llama.cpp's tools are not built")
+    source, matrix = export_gguf(base, tmp_path / "f16.gguf", "f16").path, None
+    matrices = sorted(n for n, t in read(source).items() if len(t.shape) > 1 and n.startswith("blk."))
+    mix = {name: GGUF_TYPES[i % len(GGUF_TYPES)] for i, name in enumerate(matrices)}
+    mix["token_embd.weight"] = "q2_K"  # the smallest, on what no importance matrix covers
+    assert set(mix.values()) == set(GGUF_TYPES)
+    (tmp_path / "types.txt").write_text("\n".join(f"^{re.escape(name)}$={kind}" for name, kind in mix.items()))
+    command = [tools / "llama-quantize", "--tensor-type-file", tmp_path / "types.txt"]
+    if important:
+        draw = np.random.default_rng(0)
+        widths = {name: read(source)[name].shape[0] for name in matrices}
+        matrix = write_imatrix(tmp_path / "imatrix.gguf", {n: draw.random(w) for n, w in widths.items()})
+        command += ["--imatrix", matrix]
+    done = subprocess.run(
+        [*command, source, tmp_path / "theirs.gguf", "Q4_0", "1"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    ours = read(export_gguf(base, tmp_path / "ours.gguf", "q4_0", tensor_types=mix, imatrix=matrix).path)
+    for name, tensor in read(tmp_path / "theirs.gguf").items():
+        assert tensor.tensor_type == ours[name].tensor_type and (tensor.data == ours[name].data).all(), name
+        assert name not in mix or tensor.tensor_type.name == mix[name].upper()
 
 
 def test_a_stack_of_experts_is_quantised_expert_by_expert():

@@ -29,6 +29,7 @@ from sparktune.quant.dynamic import (
     within_kl,
 )
 from sparktune.quant.dynamic.__main__ import main
+from sparktune.quant.dynamic.choose import hull
 from sparktune.quant.dynamic.formats import GGUF_TYPES, Type
 
 PROSE = " ".join(TEXT) * 12
@@ -88,6 +89,37 @@ def test_bytes_are_what_is_written_and_more_bits_err_less(name: str) -> None:
     error = float((kind.round_trip(weight) - weight).square().mean())
     bits = min(8 * kind.nbytes(shape) / weight.numel(), 12)  # f16 has 11 bits of mantissa, whatever its exponent costs
     assert 0 < error < 0.02 * 4 ** (4.5 - bits)
+
+
+@pytest.mark.parametrize(
+    ("columns", "values", "best"),
+    [
+        (96, "normal", ["mxfp4", "iq4_nl", "q5_0", "q5_1", "q8_0", "f16"]),
+        (96, "positive", ["mxfp4", "iq4_nl", "q4_1", "q5_1", "q8_0", "f16"]),
+        (96, "on q4_1's grid", ["mxfp4", "iq4_nl", "q4_1"]),
+        (256, "normal", ["q2_K", "iq3_s", "iq4_xs", "q5_K", "q6_K", "q8_0", "f16"]),
+        (256, "positive", ["q2_K", "iq3_s", "iq4_xs", "q4_K", "q5_K", "q8_0", "f16"]),
+    ],
+)
+def test_types_are_offered_where_they_err_least_for_their_bytes(columns: int, values: str, best: list[str]) -> None:
+    """Rows that no K-quant fits have the types that llama.cpp falls back on; which are worth their bytes, weights decide."""
+    weight = torch.randn(64, columns, generator=torch.Generator().manual_seed(0))
+    if values == "positive":
+        weight = weight.abs()
+    elif values != "normal":
+        weight = Type("q4_1").round_trip(weight)
+    shape, importance = (64, columns), torch.ones(columns)
+    options = {
+        name: Option(
+            Type(name).nbytes(shape),
+            float((Type(name).round_trip(weight, importance) - weight).square().mean()),
+            0.0,
+            0.0,
+        )
+        for name in GGUF_TYPES
+        if Type(name).fits(shape)
+    }
+    assert hull(options) == best
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf4-plain"])

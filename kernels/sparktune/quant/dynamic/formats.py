@@ -17,8 +17,11 @@ from sparktune.export import ggml
 
 NF4_BLOCK = 64
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
-# What llama-quantize can be asked for without an importance matrix, in the order of size.
-GGUF_TYPES = ("q3_K", "iq4_xs", "iq4_nl", "q4_0", "q4_K", "q4_1", "q5_0", "q5_K", "q5_1", "q6_K", "q8_0", "f16")
+# What llama-quantize writes for any tensor, embeddings too, which no importance matrix covers (iq3_xxs needs one); by size.
+GGUF_TYPES = (
+    "q2_K", "q3_K", "iq3_s", "mxfp4", "iq4_xs", "iq4_nl", "q4_0", "q4_K", "q4_1", "q5_0", "q5_K", "q5_1", "q6_K",
+    "q8_0", "f16",
+)  # fmt: skip
 NF4_TYPES = ("nf4", "bf16")
 
 
