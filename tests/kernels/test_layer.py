@@ -27,7 +27,7 @@ from sparktune.models.checkpointing import (
     spend,
 )
 from sparktune.models.graphs import report, use_cuda_graphs
-from sparktune.models.layer_function import DecoderLayer, _leave
+from sparktune.models.layer_function import DecoderLayer, _forget
 from sparktune.models.layer_parts import parts_of
 from sparktune.models.projection import fallbacks, reset_fallbacks
 from sparktune.ops import dispatch, qk_norm_rope
@@ -237,7 +237,7 @@ def test_heads_after_their_norms_are_made_again_of_what_is_kept(twins, device, m
         made, seen = [], []
         with monkeypatch.context() as patch:
             patch.setattr(qk_norm_rope, "forward_into", lambda *a, made=made: made.append(1) or real(*a))
-            patch.setattr(layer_function, "_leave", lambda c, x, s, seen=seen: seen.append(s.q) or _leave(c, x, s))
+            patch.setattr(layer_function, "_forget", lambda c, s, seen=seen: _forget(c, s) or seen.append(s.q))
             agree(ours, theirs, batch(device))
         assert [q is not None for q in seen] == [there] * 2
         assert len(made) == (2 if there else 4)
@@ -252,18 +252,23 @@ class Shelf:
     def begin(self):
         self.began += 1
 
-    def join(self):
-        pass
+    def put(self, tensors):
+        lots = {"rest": self.hold(tensors), "first": []}
+        return SimpleNamespace(
+            put_first=lambda more: lots.update(first=self.hold(more)),
+            first=lambda: self.taken(lots["first"]),
+            rest=lambda: self.taken(lots["rest"]),
+        )
 
-    def put(self, tensors, first):
+    def hold(self, tensors):
         found = [(offload.flat(t).clone(), offload.place(t)) for t in tensors]
         self.out.append(found)
-        return SimpleNamespace(first=lambda: self.taken(found, first), rest=lambda: self.taken(found, len(found)))
+        return found
 
-    def taken(self, found, count):
-        some = found[:count]
-        del found[:count]
-        return [offload.placed(*t) for t in some]
+    def taken(self, found):
+        back = [offload.placed(*t) for t in found]
+        found.clear()
+        return back
 
 
 @pytest.mark.parametrize(
@@ -314,7 +319,7 @@ def test_what_is_kept_waits_in_host_memory(twins, device, family, recorded, monk
         for _ in range(5):
             agree(ours, theirs, batch(device), exact=first)
         store = ours.get_base_model().model._sparktune_store
-        assert store._leaving is None and not store._arriving
+        assert not store._leaving and not store._arriving
         assert bool(store._recorded) is False
         if recorded:
             assert report(ours)["steps"] == {"as ever: the shape is new": 2, "recorded": 1, "replayed": 3}

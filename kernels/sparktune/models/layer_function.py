@@ -19,7 +19,7 @@ Sources: Hu et al., "LoRA", 2021; Chen et al., "Training Deep Nets with Sublinea
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -117,27 +117,28 @@ class DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Call, *trained: Tensor | None) -> Tensor:
         """One layer; keeps x and what `call.keep` names."""
-        p, state, kept = call.parts, State(), call.keep
+        state, kept, wanted = State(), call.keep, any(ctx.needs_input_grad)
         advance(call, x, state)
-        assert state.attended is not None
         if NORMS not in kept:
             state.r1 = None
+        stored: Any = None
+        rest: Left = []
+        first: Left = []
+        if wanted:  # the MLP needs none of it
+            _forget(call, state)
+            if call.store is not None:
+                rest, leaving = _leave(call, x, state, REST)
+                stored = call.store.put(leaving)
         y = layer_mlp.forward(call, state, x.dtype)
-        if not any(ctx.needs_input_grad):
+        if not wanted:
             return y
-        state.serials = tuple(g.held.serial for g in p.groups)
+        state.serials = tuple(g.held.serial for g in call.parts.groups)
         if "residual" not in kept:
             state.x1 = None
-        if "attention" not in kept:
-            state.attended = None
-        if "qkv" not in kept:
-            state.qkv = None
-        if "qkv" not in kept or (p.q_norm is not None and NORMS not in kept):
-            if state.attended is not None:
-                state.attended.forget_inputs()
-            state.q = state.k = None
-        ctx.left, leaving = _leave(call, x, state)
-        ctx.stored = None if call.store is None else call.store.put(leaving, sum(n in FIRST for _, n in ctx.left))
+        if stored is not None:
+            first, leaving = _leave(call, x, state, (*strip_kinds(call.strips), "residual"))
+            stored.put_first(leaving)
+        ctx.stored, ctx.left = stored, (first, rest)
         if INPUT not in call.leaving:
             ctx.save_for_backward(x)
         ctx.call, ctx.state = call, state
@@ -149,18 +150,17 @@ class DecoderLayer(torch.autograd.Function):
         dispatch.no_double_backward("decoder_layer")
         if ctx.state is None:
             raise RuntimeError("a decoder layer's backward ran twice, and what it kept is gone: call the model again.")
-        (state, left), ctx.state, ctx.left = (ctx.state, ctx.left), None, None
+        state, (first, later), ctx.state, ctx.left = ctx.state, ctx.left, None, None
         stored, needs = ctx.stored, ctx.needs_input_grad
         x = ctx.saved_tensors[0] if ctx.saved_tensors else None
         if stored is None:
             assert x is not None
             dx, found = backward(ctx.call, x, state, dy, needs[0], needs[2:])
             return dx, None, *found
-        first = stored.first()
-        _return(left[: len(first)], first)
+        _return(first, stored.first())
 
         def rest() -> Tensor:
-            found = _return(left[len(first) :], stored.rest())
+            found = _return(later, stored.rest())
             arrived = x if found is None else found
             assert arrived is not None
             return arrived
@@ -170,16 +170,30 @@ class DecoderLayer(torch.autograd.Function):
         return dx, None, *found
 
 
-FIRST = ("x1", "eu")  # what a backward begins with; the rest may arrive while it is at gate and up
+REST = (INPUT, "qkv", "attention")  # what may leave before the MLP, and come back while the backward is at it
 Left = list[tuple[Any, str]]  # whose, and which
 
 
-def _leave(call: Call, x: Tensor, state: State) -> tuple[Left, list[Tensor]]:
-    """Of x and the state what goes to the store, which then holds it alone, and where it was."""
+def _forget(call: Call, state: State) -> None:
+    """Let go of what the backward makes again up to the residual sum after attention."""
+    kept, p = call.keep, call.parts
+    if "attention" not in kept:
+        state.attended = None
+    if "qkv" not in kept:
+        state.qkv = None
+    if "qkv" not in kept or (p.q_norm is not None and NORMS not in kept):
+        if state.attended is not None:
+            state.attended.forget_inputs()
+        state.q = state.k = None
+
+
+def _leave(call: Call, x: Tensor, state: State, kinds: Sequence[str]) -> tuple[Left, list[Tensor]]:
+    """Of some kinds of x and the state what goes to the store, which then holds it alone, and where it was."""
     offers: list[tuple[str, Any, str]] = [("residual", state, "x1")]
-    offers += [(kind, strip, "eu") for kind, strip in zip(strip_kinds(call.strips), state.strips, strict=True)]
+    offers += [(kind, strip, "eu") for kind, strip in zip(strip_kinds(call.strips), state.strips, strict=False)]
     offers += [(INPUT, None, "x"), *(("qkv", state, n) for n in ("qkv", "q", "k")), ("attention", state, "attended")]
-    left = [(of, n) for kind, of, n in offers if kind in call.leaving and getattr(of, n, x) is not None]
+    going = call.leaving & {*kinds}
+    left = [(of, n) for kind, of, n in offers if kind in going and getattr(of, n, x) is not None]
     if (state, "qkv") in left and state.attended is not None:
         state.attended.forget_inputs()
     found: list[Tensor] = []

@@ -55,11 +55,7 @@ def forward(call: Call, state: State, dtype: torch.dtype) -> Tensor:
     assert x1 is not None
     weights, y = _Weights(call, state, dtype), torch.empty_like(x1)
     state.strips = [Strip() for _ in range(call.strips)]
-    kinds = strip_kinds(call.strips)
-    for i, (strip, rows, kind) in enumerate(zip(state.strips, cut(len(x1), call.strips), kinds, strict=True)):
-        if i == call.strips - call.strips // 4 and call.store is not None and not call.leaving:
-            # The last layer is where most is in use; by now what the one before it put to the host is about to be there.
-            call.store.join()
+    for strip, rows, kind in zip(state.strips, cut(len(x1), call.strips), strip_kinds(call.strips), strict=True):
         _feed(call, strip, x1[rows], weights(GATE_UP))
         assert strip.eu is not None
         if NORMS not in call.keep:

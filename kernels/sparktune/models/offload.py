@@ -2,8 +2,8 @@
 that have memory of their own.
 
 With full recompute what grows with depth is each layer's input, 2 bytes x hidden a token (1 GiB for 32 layers of
-Llama-3.1-8B at 4096 tokens). Copies go on a stream of their own while layers compute: out while the next layer's forward
-runs, and back shortly before they are read. What of a layer can be copied in the time of a forward is free: with an H200's
+Llama-3.1-8B at 4096 tokens). Copies go on a stream of their own while layers compute: out from a layer's MLP to the next
+one's, and back shortly before they are read. What of a layer can be copied in the time of a forward is free: with an H200's
 55 GB/s and 780 TFLOP/s 39 KB a token of such a layer, which is all but gate and up. `HostStore` measures both,
 `checkpointing.leaving` chooses. A device that shares the host's memory has nothing to gain, and is refused.
 
@@ -79,7 +79,7 @@ class HostStore:
         self.bytes_a_flop = _bytes_a_flop(device)
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)  # pinned buffers by their bytes
         self._recorded: list[Tensor] = []
-        self._leaving: tuple[Any, Sequence[Tensor]] | None = None  # on their way out: when they are there, and they
+        self._leaving: list[tuple[Any, Sequence[Tensor]]] = []  # on their way out: when they are there, and they
         self._arriving: dict[int, tuple[Any, Sequence[Tensor]]] = {}
         self._last: weakref.ReferenceType[Stored] | None = None
 
@@ -90,22 +90,19 @@ class HostStore:
         while self._arriving:
             torch.cuda.current_stream(self.stream.device).wait_event(self._arriving.popitem()[1][0])
 
-    def put(self, tensors: Sequence[Tensor], first: int) -> Stored:
-        """Copy a layer's tensors out without waiting; after its last layer, none, and what was put before is out.
-
-        The `first` of them come back before the rest.
-        """
+    def put(self, tensors: Sequence[Tensor]) -> Stored:
+        """Copy out what a layer's backward wants last, without waiting; all that was put before, by another layer, is out."""
         self.join()
         before = self._last() if self._last is not None else None
-        stored = Stored(self, tensors, first, before)
+        stored = Stored(self, tensors, before)
         self._last = weakref.ref(stored)
         return stored
 
     def join(self) -> None:
-        """The current stream goes on when what was put last is out, and its memory is free."""
-        if self._leaving is not None:
-            torch.cuda.current_stream(self.stream.device).wait_event(self._leaving[0])
-            self._leaving = None
+        """The current stream goes on when what was put is out, and its memory is free."""
+        if self._leaving:
+            torch.cuda.current_stream(self.stream.device).wait_event(self._leaving[-1][0])
+            self._leaving.clear()
 
     def lease(self) -> Lease:
         """Of the buffers that went into a graph since the last call, which nothing else gets while this lives."""
@@ -131,7 +128,7 @@ class HostStore:
         buffers = [self.buffer(t.numel()) for t in memory]
         if memory:
             self._copy(buffers, memory)
-            self._leaving = (self.stream.record_event(), memory)
+            self._leaving.append((self.stream.record_event(), memory))
         return buffers
 
     def back(self, buffers: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
@@ -165,15 +162,18 @@ class Lease:
 class Stored:
     """What one layer put, on the host, on its way there or back.
 
-    Its backward takes the `first` of it, which has set out before, and then the `rest`, which sets out now and is there when
-    it is wanted: what was put before sets out no earlier, so that only one layer's lies on the device where most is in use.
+    Its backward takes `first` what was put last, which has set out before, and then the `rest`, which sets out now and is there
+    when it is wanted: what another layer put before sets out no earlier, so that only one layer's lies on the device where most
+    is in use.
     """
 
-    def __init__(self, store: HostStore, tensors: Sequence[Tensor], first: int, before: Stored | None) -> None:
+    def __init__(self, store: HostStore, rest: Sequence[Tensor], before: Stored | None) -> None:
         self._store, self._before = store, before
-        like, buffers = [place(t) for t in tensors], store.out(tensors)
-        self._first = Lot(store, like[:first], buffers[:first])
-        self._rest = Lot(store, like[first:], buffers[first:])
+        self._first, self._rest = Lot(store, []), Lot(store, rest)
+
+    def put_first(self, tensors: Sequence[Tensor]) -> None:
+        """Copy out what the backward begins with, without waiting."""
+        self._first = Lot(self._store, tensors)
 
     def first(self) -> list[Tensor]:
         """The first of the tensors, for the current stream, strides as they were."""
@@ -191,10 +191,10 @@ class Stored:
 
 
 class Lot:
-    """Tensors that come back together."""
+    """Tensors that go and come back together."""
 
-    def __init__(self, store: HostStore, like: list[Place], buffers: list[Tensor]) -> None:
-        self._store, self._like, self._buffers = store, like, buffers
+    def __init__(self, store: HostStore, tensors: Sequence[Tensor]) -> None:
+        self._store, self._like, self._buffers = store, [place(t) for t in tensors], store.out(tensors)
         self._here: tuple[Any, list[Tensor]] | None = None
 
     def fetch(self) -> None:

@@ -135,16 +135,13 @@ def _bytes(
     held = [sum(buffers.values()) * (WEIGHTS in k) for k in kept]
     # At the end of the forward everything kept is there beside the loss; in a layer's backward what it and those before keep.
     phases: list[float] = [sum(alive) + rows * (s.vocabulary + s.hidden) * 2 + 3 * tokens * s.hidden * 2]
-    if any(away):  # what the last layer but one puts there lies here until most of the last layer's forward is done
+    forward = tokens * (s.hidden + (s.inner + widths["down"][2]) / layer.strips) * 2 + buffers["down"]
+    if layer.strips > 1:
+        forward += buffers["gate_up"] + tokens * s.hidden * 2 / layer.strips
+    phases.append(sum(alive) + max(0, one - fed[-1]) + forward)
+    if any(away):  # what a layer puts there lies here until the next one's MLP
         out = own[-2] - alive[-2] + tokens * s.hidden * 2
-        mlp = tokens * ((s.inner + widths["down"][2]) / layer.strips + s.hidden) * 2 + buffers["down"]
-        if layer.strips > 1:
-            mlp += buffers["gate_up"] + tokens * s.hidden * 2 / layer.strips
-        later = min(fed[-1], layer.strips // 4 * one)  # strips kept after that
-        phases += [
-            sum(alive) + remade[-1] + mlp + max(0, one - (fed[-1] - late)) + still - late
-            for late, still in (((later, out), (0, 0)) if layer.strips >= 4 else ((0, out),))
-        ]
+        phases.append(sum(alive[:-1]) + out + max(0, one - fed[-2]) + forward)
     for i in range(s.layers):
         written = dict.fromkeys(buffers, 0) if held[i] else buffers
         mlp = max(fed[i], one) + _mlp(
