@@ -105,6 +105,30 @@ def test_gradients_can_be_written_into_slices_of_a_merged_one(device):
     assert all(map(torch.equal, (dq, dk, *dw), want)) and bool((merged[..., 192:] == 7).all())
 
 
+@pytest.mark.parametrize(
+    ("h", "kv", "d", "given"), [(32, 4, 128, False), (8, 4, 256, True), (7, 1, 20, True), (3, 2, 20, False)]
+)
+def test_more_sequences_than_a_launch_takes_come_in_several(device, monkeypatch, h, kv, d, given):
+    """And q and k in tiles of different heights, several of them a program, the last not full."""
+    from sparktune.ops import qk_norm_rope as module
+
+    q, k = (normal(device, 3, 1, n, d, seed=n, dtype=torch.bfloat16).requires_grad_() for n in (h, kv))
+    w, (cos, sin) = torch.rand(d, device=device), (t[:8] for t in rope_tables(RopeParameters(d), 8, device))
+    at = torch.tensor([[0], [7], [3]], device=device) if given else None
+
+    def both():
+        out = qk_norm_rope(q, k, w, w, cos, sin, at)
+        return *out, *torch.autograd.grad(out, (q, k), out)
+
+    whole = both()
+    for a, b in zip(whole, qk_norm_rope_reference(q, k, w, w, cos, sin, at), strict=False):
+        torch.testing.assert_close(a, b, rtol=8e-3, atol=8e-3)
+    monkeypatch.setattr(module, "BATCHES", 2)
+    dispatch.reset()
+    assert all(map(torch.equal, both(), whole))
+    assert set(dispatch.launches().values()) == {2}
+
+
 def test_frozen_weights_get_no_gradient_and_no_sums(device, monkeypatch):
     x, residual = (normal(device, 4, 64, seed=s).requires_grad_() for s in (0, 1))
     w, b = torch.ones(64, device=device), torch.zeros(64, device=device)

@@ -14,60 +14,100 @@ from sparktune.ops.rope import angles
 
 
 @triton.jit
-def load(row, present, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr):
-    """Both halves of what turns, and the rest, of all heads of a tile, in fp32; without a rest any tensor for it."""
+def place(Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_GROUP: tl.constexpr, K_GROUP: tl.constexpr):
+    """This program's batch and token, its group of heads, and whether that is one of q: a token's groups of heads of q,
+    then of k, on the grid's first axis, batches on its second. The counts are constants, so nothing is divided."""
+    q_groups: tl.constexpr = (Q_HEADS + Q_GROUP - 1) // Q_GROUP
+    groups: tl.constexpr = q_groups + (K_HEADS + K_GROUP - 1) // K_GROUP
+    token, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    of_q = group < q_groups
+    return tl.program_id(1).to(tl.int64), token.to(tl.int64), tl.where(of_q, group, group - q_groups), of_q
+
+
+@triton.jit
+def load(
+    row, present, EXACT: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Both halves of what turns, and the rest, of all heads of a tile; without a rest any tensor for it.
+
+    EXACT: all heads are present and their pieces fill their blocks, so that no mask is needed.
+    """
     i = tl.arange(0, HALF_BLOCK)[None, :]
-    a = tl.load(row + i, mask=present & (i < HALF), other=0.0).to(tl.float32)
-    b = tl.load(row + HALF + i, mask=present & (i < HALF), other=0.0).to(tl.float32)
+    j = tl.arange(0, REST_BLOCK)[None, :]
+    if EXACT:
+        a, b = tl.load(row + i), tl.load(row + HALF + i)
+    else:
+        a = tl.load(row + i, mask=present & (i < HALF), other=0.0)
+        b = tl.load(row + HALF + i, mask=present & (i < HALF), other=0.0)
     e = a
     if REST:
-        i = tl.arange(0, REST_BLOCK)[None, :]
-        e = tl.load(row + 2 * HALF + i, mask=present & (i < REST), other=0.0).to(tl.float32)
+        e = tl.load(row + 2 * HALF + j, mask=present & (j < REST), other=0.0)
     return a, b, e
 
 
 @triton.jit
 def store(
-    row, a, b, e, present, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr
-):
+    row, a, b, e, present, EXACT: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+):  # fmt: skip
     """The three pieces, rounded to what the row holds."""
     dtype: tl.constexpr = row.dtype.element_ty
     i = tl.arange(0, HALF_BLOCK)[None, :]
-    tl.store(row + i, cast(a, dtype), mask=present & (i < HALF))
-    tl.store(row + HALF + i, cast(b, dtype), mask=present & (i < HALF))
+    j = tl.arange(0, REST_BLOCK)[None, :]
+    if EXACT:
+        tl.store(row + i, cast(a, dtype))
+        tl.store(row + HALF + i, cast(b, dtype))
+    else:
+        tl.store(row + i, cast(a, dtype), mask=present & (i < HALF))
+        tl.store(row + HALF + i, cast(b, dtype), mask=present & (i < HALF))
     if REST:
-        i = tl.arange(0, REST_BLOCK)[None, :]
-        tl.store(row + 2 * HALF + i, cast(e, dtype), mask=present & (i < REST))
+        tl.store(row + 2 * HALF + j, cast(e, dtype), mask=present & (j < REST))
 
 
 @triton.jit
 def load_heads(
-    ptr, first, heads, stride, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    REST_BLOCK: tl.constexpr, TILE: tl.constexpr,
+    ptr, first, stride, EXACT: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """TILE heads of a token, from `first` on."""
+    """TILE heads of a token, from `first` on, as they lie in memory."""
     head = (first + tl.arange(0, TILE))[:, None]
-    return load(ptr + head.to(tl.int64) * stride, head < heads, HALF, REST, HALF_BLOCK, REST_BLOCK)
+    return load(ptr + head.to(tl.int64) * stride, head < HEADS, EXACT, HALF, REST, HALF_BLOCK, REST_BLOCK)
+
+
+@triton.jit
+def load_tiles(
+    ptr, first, stride, EXACT: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """A tuple of TILES such tiles, one after the other."""
+    tiles = ()
+    for t in tl.static_range(TILES):
+        at = first + t * TILE
+        tile = load_heads(ptr, at, stride, EXACT, HALF, REST, HALF_BLOCK, REST_BLOCK, HEADS, TILE)
+        tiles += (tile,)  # type: ignore[assignment]  # the loop is unrolled
+    return tiles
 
 
 @triton.jit
 def store_heads(
-    ptr, first, heads, stride, a, b, e, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    REST_BLOCK: tl.constexpr, TILE: tl.constexpr,
+    ptr, first, stride, a, b, e, EXACT: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Where `load_heads` would load them."""
     head = (first + tl.arange(0, TILE))[:, None]
-    store(ptr + head.to(tl.int64) * stride, a, b, e, head < heads, HALF, REST, HALF_BLOCK, REST_BLOCK)
+    store(ptr + head.to(tl.int64) * stride, a, b, e, head < HEADS, EXACT, HALF, REST, HALF_BLOCK, REST_BLOCK)
 
 
 @triton.jit
 def gains(
     w_ptr, GEMMA: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    REST_BLOCK: tl.constexpr, TILE: tl.constexpr,
+    REST_BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """w (Llama) or 1 + w (Gemma), loaded by every head, as its `angles` are: [TILE, ...] each."""
-    row = w_ptr + tl.zeros((TILE, 1), tl.int32)
-    a, b, e = load(row, tl.full((TILE, 1), 1, tl.int1), HALF, REST, HALF_BLOCK, REST_BLOCK)
+    """w (Llama) or 1 + w (Gemma), in as many rows as the `angles`: [ROWS, ...] each."""
+    row = w_ptr + tl.zeros((ROWS, 1), tl.int32)
+    a, b, e = load(row, tl.full((ROWS, 1), 1, tl.int1), False, HALF, REST, HALF_BLOCK, REST_BLOCK)
+    a, b, e = a.to(tl.float32), b.to(tl.float32), e.to(tl.float32)
     if GEMMA:
         a, b, e = 1.0 + a, 1.0 + b, 1.0 + e
     return a, b, e
@@ -76,7 +116,7 @@ def gains(
 @triton.jit
 def over_head(a, b, e, REST: tl.constexpr):
     """Sums over each head, [heads, 1]."""
-    total = tl.sum(a, 1) + tl.sum(b, 1)
+    total = tl.sum(a + b, 1)
     if REST:
         total += tl.sum(e, 1)
     return total[:, None]
@@ -98,43 +138,61 @@ def like_llama(h, dtype: tl.constexpr, GEMMA: tl.constexpr):
 
 @triton.jit
 def forward_heads(
-    a, b, e, y_ptr, first, heads, y_head, w_ptr, cos_ptr, sin_ptr, position_ptr, token, length, eps,
-    dtype: tl.constexpr, POSITIONS: tl.constexpr, GEMMA: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, TILE: tl.constexpr,
+    x_ptr, y_ptr, group, x_head, y_head, w_ptr, cos_ptr, sin_ptr, position_ptr, token, length, eps,
+    POSITIONS: tl.constexpr, GEMMA: tl.constexpr, SHARED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Normalise, turn and store a tile of heads of one token, which were loaded as `dtype`."""
-    c, s = angles(cos_ptr, sin_ptr, position_ptr, token, length, POSITIONS, HALF, HALF_BLOCK, TILE)
-    wa, wb, we = gains(w_ptr, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, TILE)
-    r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / (2 * HALF + REST) + eps)
-    a = rounded(like_llama(a * r, dtype, GEMMA) * wa, dtype)
-    b = rounded(like_llama(b * r, dtype, GEMMA) * wb, dtype)
-    e = like_llama(e * r, dtype, GEMMA) * we
-    a, b = a * c - b * s, b * c + a * s
-    store_heads(y_ptr, first, heads, y_head, a, b, e, HALF, REST, HALF_BLOCK, REST_BLOCK, TILE)
+    """Normalise, turn and store a group of TILES tiles of heads of one token, all on their way before the first is worked on.
+
+    SHARED: one row of tables and weights for all heads of a tile; else each has its own, see `angles`.
+    """
+    EXACT: tl.constexpr = HEADS % (TILE * TILES) == 0 and HALF == HALF_BLOCK
+    ROWS: tl.constexpr = 1 if SHARED else TILE
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    first = group * (TILE * TILES)
+    tiles = load_tiles(x_ptr, first, x_head, EXACT, HALF, REST, HALF_BLOCK, REST_BLOCK, HEADS, TILE, TILES)
+    c, s = angles(cos_ptr, sin_ptr, position_ptr, token, length, POSITIONS, HALF, HALF_BLOCK, ROWS)
+    wa, wb, we = gains(w_ptr, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, ROWS)
+    for t in tl.static_range(TILES):
+        a, b, e = tiles[t]
+        a, b, e = a.to(tl.float32), b.to(tl.float32), e.to(tl.float32)
+        r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / (2 * HALF + REST) + eps)
+        a = rounded(like_llama(a * r, dtype, GEMMA) * wa, dtype)
+        b = rounded(like_llama(b * r, dtype, GEMMA) * wb, dtype)
+        e = like_llama(e * r, dtype, GEMMA) * we
+        a, b = a * c - b * s, b * c + a * s
+        at = first + t * TILE
+        store_heads(y_ptr, at, y_head, a, b, e, EXACT, HALF, REST, HALF_BLOCK, REST_BLOCK, HEADS, TILE)
 
 
 @triton.jit
 def backward_heads(
-    dy_ptr, x_ptr, dx_ptr, w_ptr, first, heads, dy_head, x_head, dx_head, cos_ptr, sin_ptr, position_ptr, token, length,
+    dy_ptr, x_ptr, dx_ptr, w_ptr, first, dy_head, x_head, dx_head, cos_ptr, sin_ptr, position_ptr, token, length,
     eps, dwa, dwb, dwe, POSITIONS: tl.constexpr, GEMMA: tl.constexpr, NEED_DW: tl.constexpr, HALF: tl.constexpr,
-    REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, TILE: tl.constexpr,
+    REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dx of a tile of heads of one token; the sums for dw, a row for each head of a tile, with these heads' added."""
+    """dx of a tile of heads of one token; the sums for dw, a row for each head of a tile, with these heads' added.
+
+    Both sums of a head are over what came from memory, so that the second need not wait for r.
+    """
+    EXACT: tl.constexpr = HEADS % TILE == 0 and HALF == HALF_BLOCK
+    D: tl.constexpr = 2 * HALF + REST
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     ROWS: tl.constexpr = 1 if NEED_DW else TILE  # of tables and weights: beside the sums, registers for more spill
-    da, db, ge = load_heads(dy_ptr, first, heads, dy_head, HALF, REST, HALF_BLOCK, REST_BLOCK, TILE)
-    a, b, e = load_heads(x_ptr, first, heads, x_head, HALF, REST, HALF_BLOCK, REST_BLOCK, TILE)
+    da, db, ge = load_heads(dy_ptr, first, dy_head, EXACT, HALF, REST, HALF_BLOCK, REST_BLOCK, HEADS, TILE)
+    a, b, e = load_heads(x_ptr, first, x_head, EXACT, HALF, REST, HALF_BLOCK, REST_BLOCK, HEADS, TILE)
+    da, db, ge = da.to(tl.float32), db.to(tl.float32), ge.to(tl.float32)
+    a, b, e = a.to(tl.float32), b.to(tl.float32), e.to(tl.float32)
     c, s = angles(cos_ptr, sin_ptr, position_ptr, token, length, POSITIONS, HALF, HALF_BLOCK, ROWS)
     ga, gb = da * c + db * s, db * c - da * s  # turned back
     wa, wb, we = gains(w_ptr, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, ROWS)
-    r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / (2 * HALF + REST) + eps)
-    a, b, e = a * r, b * r, e * r
+    r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / D + eps)
     if NEED_DW:
-        dwa += ga * like_llama(a, dtype, GEMMA)
-        dwb += gb * like_llama(b, dtype, GEMMA)
-        dwe += ge * like_llama(e, dtype, GEMMA)
+        dwa += ga * like_llama(a * r, dtype, GEMMA)
+        dwb += gb * like_llama(b * r, dtype, GEMMA)
+        dwe += ge * like_llama(e * r, dtype, GEMMA)
     ga, gb, ge = ga * wa, gb * wb, ge * we
-    along = over_head(ga * a, gb * b, ge * e, REST) / (2 * HALF + REST)
+    along = over_head(ga * a, gb * b, ge * e, REST) / D * r * r
     a, b, e = (ga - a * along) * r, (gb - b * along) * r, (ge - e * along) * r
-    store_heads(dx_ptr, first, heads, dx_head, a, b, e, HALF, REST, HALF_BLOCK, REST_BLOCK, TILE)
+    store_heads(dx_ptr, first, dx_head, a, b, e, EXACT, HALF, REST, HALF_BLOCK, REST_BLOCK, HEADS, TILE)
     return dwa, dwb, dwe

@@ -19,9 +19,9 @@ Shapes: q [B, S, H, D] and k [B, S, Hkv, D] with free strides, weights [D] of an
 summed in fp32 and rounded once.
 
 Bytes: forward reads and writes q and k, backward reads q, k, and their gradients and writes two: 2 and 3 (H + Hkv) D
-elements a token. The norms and the turn apart move 4 and 5. While the weights are frozen a program takes a tile of one
-token's heads; when either is trained, programs take many tokens each and leave one row of partial sums, added in a
-fixed order.
+elements a token. The norms and the turn apart move 4 and 5. While the weights are frozen a program takes a tile or two of
+one token's heads; when either is trained, programs take many tokens each and leave one row of partial sums, added in a
+fixed order. Backward multiplies and adds in one rounding where it can (FMA); forward, whose roundings are promised, does not.
 
 Source: Zhang and Sennrich 2019; Su et al. 2021; the rounding orders are those of Qwen3Attention and Gemma3Attention in
 transformers, but for the turn, which is rounded once (see `rope`).
@@ -39,12 +39,12 @@ from torch import Tensor
 from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
 from sparktune.ops.fused import Fused
-from sparktune.ops.head_norms import backward_heads, forward_heads, load_heads, store
+from sparktune.ops.head_norms import backward_heads, forward_heads, place, store
 from sparktune.ops.head_problems import head_bytes, head_inputs, heads_of, rows_of, table_inputs, tail
 from sparktune.ops.qk_norm_launches import Config, Way, launches
 from sparktune.ops.rms_norm import VARIANTS
 from sparktune.ops.rms_norm import reference as rms_norm_reference
-from sparktune.ops.rope import check, place, rotated, unit
+from sparktune.ops.rope import check, rotated, unit
 from sparktune.ops.spec import FLOATS, Input, Law, Mutant, OpSpec, Problem, Tensors
 
 
@@ -61,69 +61,38 @@ def reference(
 
 
 @triton.jit
-def _group(
-    x_ptr, y_ptr, first, heads, x_head, y_head, w_ptr, cos_ptr, sin_ptr, position_ptr, token, length, eps,
-    dtype: tl.constexpr, POSITIONS: tl.constexpr, GEMMA: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """A tile of q or of k; a function of its own, since a name can't have one shape for q and another for k."""
-    a, b, e = load_heads(x_ptr, first, heads, x_head, HALF, REST, HALF_BLOCK, REST_BLOCK, TILE)
-    forward_heads(
-        a, b, e, y_ptr, first, heads, y_head, w_ptr, cos_ptr, sin_ptr, position_ptr, token, length, eps, dtype,
-        POSITIONS, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, TILE,
-    )  # fmt: skip
-
-
-@triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, wq_ptr, wk_ptr, cos_ptr, sin_ptr, position_ptr, sequence, length, q_heads,
-    k_heads, q_batch, q_token, q_head, k_batch, k_token, k_head, q_out_batch, q_out_token, q_out_head,
-    k_out_batch, k_out_token, k_out_head, position_batch, position_token, eps,
-    POSITIONS: tl.constexpr, GEMMA: tl.constexpr, WHOLE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, wq_ptr, wk_ptr, cos_ptr, sin_ptr, position_ptr, length, q_batch, q_token, q_head,
+    k_batch, k_token, k_head, q_out_batch, q_out_token, q_out_head, k_out_batch, k_out_token, k_out_head,
+    position_batch, position_token, eps, POSITIONS: tl.constexpr, GEMMA: tl.constexpr, SHARED: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr, Q_TILES: tl.constexpr, K_TILES: tl.constexpr,
 ):  # fmt: skip
-    """A group of heads of one token a program, of q or of k. WHOLE: all heads, those of k on their way along with q's.
-
-    Names such as q_token are strides in elements.
-    """
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
-    batch, token, first, of_q = place(sequence, q_heads, k_heads, WHOLE, Q_TILE, K_TILE)
-    position_ptr += batch * position_batch + token * position_token
-    q_ptr += batch * q_batch + token * q_token
-    k_ptr += batch * k_batch + token * k_token
-    q_out_ptr += batch * q_out_batch + token * q_out_token
-    k_out_ptr += batch * k_out_batch + token * k_out_token
-    if WHOLE:
-        qa, qb, qe = load_heads(q_ptr, first, q_heads, q_head, HALF, REST, HALF_BLOCK, REST_BLOCK, Q_TILE)
-        ka, kb, ke = load_heads(k_ptr, first, k_heads, k_head, HALF, REST, HALF_BLOCK, REST_BLOCK, K_TILE)
+    """A group of heads of one token a program, of q or of k; names such as q_token are strides in elements."""
+    batch, token, group, of_q = place(Q_HEADS, K_HEADS, Q_TILE * Q_TILES, K_TILE * K_TILES)
+    at = position_ptr + batch * position_batch + token * position_token
+    if of_q:
         forward_heads(
-            qa, qb, qe, q_out_ptr, first, q_heads, q_out_head, wq_ptr, cos_ptr, sin_ptr, position_ptr, token, length,
-            eps, dtype, POSITIONS, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, Q_TILE,
-        )  # fmt: skip
-        forward_heads(
-            ka, kb, ke, k_out_ptr, first, k_heads, k_out_head, wk_ptr, cos_ptr, sin_ptr, position_ptr, token, length,
-            eps, dtype, POSITIONS, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, K_TILE,
-        )  # fmt: skip
-    elif of_q:
-        _group(
-            q_ptr, q_out_ptr, first, q_heads, q_head, q_out_head, wq_ptr, cos_ptr, sin_ptr, position_ptr, token, length,
-            eps, dtype, POSITIONS, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, Q_TILE,
+            q_ptr + batch * q_batch + token * q_token, q_out_ptr + batch * q_out_batch + token * q_out_token, group,
+            q_head, q_out_head, wq_ptr, cos_ptr, sin_ptr, at, token, length, eps, POSITIONS, GEMMA, SHARED, HALF, REST,
+            HALF_BLOCK, REST_BLOCK, Q_HEADS, Q_TILE, Q_TILES,
         )  # fmt: skip
     else:
-        _group(
-            k_ptr, k_out_ptr, first, k_heads, k_head, k_out_head, wk_ptr, cos_ptr, sin_ptr, position_ptr, token, length,
-            eps, dtype, POSITIONS, GEMMA, HALF, REST, HALF_BLOCK, REST_BLOCK, K_TILE,
+        forward_heads(
+            k_ptr + batch * k_batch + token * k_token, k_out_ptr + batch * k_out_batch + token * k_out_token, group,
+            k_head, k_out_head, wk_ptr, cos_ptr, sin_ptr, at, token, length, eps, POSITIONS, GEMMA, SHARED, HALF, REST,
+            HALF_BLOCK, REST_BLOCK, K_HEADS, K_TILE, K_TILES,
         )  # fmt: skip
 
 
 @triton.jit
 def backward_kernel(
     dq_ptr, dk_ptr, q_ptr, k_ptr, q_out_ptr, k_out_ptr, wq_ptr, wk_ptr, dw_ptr, cos_ptr, sin_ptr, position_ptr,
-    tokens, tokens_each, sequence, length, q_heads, k_heads, dq_batch, dq_token, dq_head, dk_batch, dk_token, dk_head,
+    tokens, tokens_each, sequence, length, dq_batch, dq_token, dq_head, dk_batch, dk_token, dk_head,
     q_batch, q_token, q_head, k_batch, k_token, k_head, q_out_batch, q_out_token, q_out_head,
     k_out_batch, k_out_token, k_out_head, position_batch, position_token, eps, POSITIONS: tl.constexpr,
     GEMMA: tl.constexpr, NEED_DW: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    REST_BLOCK: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    REST_BLOCK: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q and k. A group of heads of one token a program, of q or of k; with NEED_DW all heads of
     `tokens_each` tokens, whose part of both dw goes to dw_ptr [programs, 2, D], fp32."""
@@ -140,43 +109,46 @@ def backward_kernel(
             batch = ((first + i) // sequence).to(tl.int64)
             token = ((first + i) % sequence).to(tl.int64)
             at = position_ptr + batch * position_batch + token * position_token
-            for head in range(0, q_heads, Q_TILE):
+            for head in range(0, Q_HEADS, Q_TILE):
                 qa, qb, qe = backward_heads(
                     dq_ptr + batch * dq_batch + token * dq_token, q_ptr + batch * q_batch + token * q_token,
-                    q_out_ptr + batch * q_out_batch + token * q_out_token, wq_ptr, head, q_heads, dq_head, q_head,
+                    q_out_ptr + batch * q_out_batch + token * q_out_token, wq_ptr, head, dq_head, q_head,
                     q_out_head, cos_ptr, sin_ptr, at, token, length, eps, qa, qb, qe, POSITIONS, GEMMA, NEED_DW, HALF, REST,
-                    HALF_BLOCK, REST_BLOCK, Q_TILE,
+                    HALF_BLOCK, REST_BLOCK, Q_HEADS, Q_TILE,
                 )  # fmt: skip
-            for head in range(0, k_heads, K_TILE):
+            for head in range(0, K_HEADS, K_TILE):
                 ka, kb, ke = backward_heads(
                     dk_ptr + batch * dk_batch + token * dk_token, k_ptr + batch * k_batch + token * k_token,
-                    k_out_ptr + batch * k_out_batch + token * k_out_token, wk_ptr, head, k_heads, dk_head, k_head,
+                    k_out_ptr + batch * k_out_batch + token * k_out_token, wk_ptr, head, dk_head, k_head,
                     k_out_head, cos_ptr, sin_ptr, at, token, length, eps, ka, kb, ke, POSITIONS, GEMMA, NEED_DW, HALF, REST,
-                    HALF_BLOCK, REST_BLOCK, K_TILE,
+                    HALF_BLOCK, REST_BLOCK, K_HEADS, K_TILE,
                 )  # fmt: skip
         here = tl.full((1, 1), 1, tl.int1)
         row = dw_ptr + tl.program_id(0).to(tl.int64) * 2 * (2 * HALF + REST)
         qa, qb, qe = tl.sum(qa, 0)[None, :], tl.sum(qb, 0)[None, :], tl.sum(qe, 0)[None, :]
-        store(row, qa, qb, qe, here, HALF, REST, HALF_BLOCK, REST_BLOCK)
+        store(row, qa, qb, qe, here, False, HALF, REST, HALF_BLOCK, REST_BLOCK)
         ka, kb, ke = tl.sum(ka, 0)[None, :], tl.sum(kb, 0)[None, :], tl.sum(ke, 0)[None, :]
-        store(row + 2 * HALF + REST, ka, kb, ke, here, HALF, REST, HALF_BLOCK, REST_BLOCK)
+        store(row + 2 * HALF + REST, ka, kb, ke, here, False, HALF, REST, HALF_BLOCK, REST_BLOCK)
     else:
-        batch, token, head, of_q = place(sequence, q_heads, k_heads, False, Q_TILE, K_TILE)
+        batch, token, group, of_q = place(Q_HEADS, K_HEADS, Q_TILE, K_TILE)
         at = position_ptr + batch * position_batch + token * position_token
         if of_q:
             backward_heads(
                 dq_ptr + batch * dq_batch + token * dq_token, q_ptr + batch * q_batch + token * q_token,
-                q_out_ptr + batch * q_out_batch + token * q_out_token, wq_ptr, head, q_heads, dq_head, q_head,
+                q_out_ptr + batch * q_out_batch + token * q_out_token, wq_ptr, group * Q_TILE, dq_head, q_head,
                 q_out_head, cos_ptr, sin_ptr, at, token, length, eps, qa, qb, qe, POSITIONS, GEMMA, NEED_DW, HALF, REST,
-                HALF_BLOCK, REST_BLOCK, Q_TILE,
+                HALF_BLOCK, REST_BLOCK, Q_HEADS, Q_TILE,
             )  # fmt: skip
         else:
             backward_heads(
                 dk_ptr + batch * dk_batch + token * dk_token, k_ptr + batch * k_batch + token * k_token,
-                k_out_ptr + batch * k_out_batch + token * k_out_token, wk_ptr, head, k_heads, dk_head, k_head,
+                k_out_ptr + batch * k_out_batch + token * k_out_token, wk_ptr, group * K_TILE, dk_head, k_head,
                 k_out_head, cos_ptr, sin_ptr, at, token, length, eps, ka, kb, ke, POSITIONS, GEMMA, NEED_DW, HALF, REST,
-                HALF_BLOCK, REST_BLOCK, K_TILE,
+                HALF_BLOCK, REST_BLOCK, K_HEADS, K_TILE,
             )  # fmt: skip
+
+
+BATCHES = 65535  # of one launch: where a grid's second axis ends
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -191,13 +163,19 @@ def forward_into(
     b, s, h, d = q.shape
     if q.numel() + k.numel() == 0:
         return
+    if b > BATCHES:
+        for i in range(0, b, BATCHES):
+            n = slice(i, i + BATCHES)
+            at = None if positions is None else positions[n]
+            forward_into(q[n], k[n], q_out[n], k_out[n], q_weight, k_weight, cos, sin, at, eps, variant)
+        return
     q, k, cos, sin = unit(q), unit(k), cos.contiguous(), sin.contiguous()
     c = Config.choose(b * s, h, k.shape[2], d, 2 * cos.shape[1], DeviceProperties.of(q.device), "forward")
     dispatch.launch(
-        forward_kernel, c.programs, q, q, k, q_out, k_out, q_weight.contiguous(), k_weight.contiguous(), cos, sin,
-        cos if positions is None else positions, s, cos.shape[0], h, k.shape[2], *_strides(q, k, q_out, k_out),
+        forward_kernel, (s * c.groups, b), q, q, k, q_out, k_out, q_weight.contiguous(), k_weight.contiguous(), cos, sin,
+        cos if positions is None else positions, cos.shape[0], *_strides(q, k, q_out, k_out),
         *((0, 0) if positions is None else positions.stride()), eps, POSITIONS=positions is not None,
-        GEMMA=variant == "gemma", WHOLE=c.whole, **c.constants(2 * cos.shape[1], d), num_warps=c.heads.num_warps,
+        GEMMA=variant == "gemma", **c.constants("forward"), num_warps=c.heads.num_warps,
     )  # fmt: skip
 
 
@@ -209,15 +187,23 @@ def backward_into(
     b, s, h, d = q.shape
     if q.numel() + k.numel() == 0:
         return torch.zeros((2, d), dtype=torch.float32, device=q.device)
+    if b > BATCHES and not sums:
+        for i in range(0, b, BATCHES):
+            n = slice(i, i + BATCHES)
+            at = None if positions is None else positions[n]
+            nothing = backward_into(
+                dq[n], dk[n], q[n], k[n], q_out[n], k_out[n], q_weight, k_weight, cos, sin, at, eps, variant, sums
+            )
+        return nothing
     dq, dk, q, k, cos, sin = unit(dq), unit(dk), unit(q), unit(k), cos.contiguous(), sin.contiguous()
     way: Way = "sums" if sums else "backward"
     c = Config.choose(b * s, h, k.shape[2], d, 2 * cos.shape[1], DeviceProperties.of(q.device), way)
     partial = torch.empty((c.programs if sums else 1, 2, d), dtype=torch.float32, device=q.device)
     dispatch.launch(
-        backward_kernel, c.programs, q, dq, dk, q, k, q_out, k_out, q_weight.contiguous(), k_weight.contiguous(),
-        partial, cos, sin, cos if positions is None else positions, b * s, c.tokens_each, s, cos.shape[0], h,
-        k.shape[2], *_strides(dq, dk, q, k, q_out, k_out), *((0, 0) if positions is None else positions.stride()), eps,
-        POSITIONS=positions is not None, GEMMA=variant == "gemma", NEED_DW=sums, **c.constants(2 * cos.shape[1], d),
+        backward_kernel, c.programs if sums else (s * c.groups, b), q, dq, dk, q, k, q_out, k_out, q_weight.contiguous(),
+        k_weight.contiguous(), partial, cos, sin, cos if positions is None else positions, b * s, c.tokens_each, s,
+        cos.shape[0], *_strides(dq, dk, q, k, q_out, k_out), *((0, 0) if positions is None else positions.stride()), eps,
+        fp_fusion=True, POSITIONS=positions is not None, GEMMA=variant == "gemma", NEED_DW=sums, **c.constants(way),
         num_warps=c.heads.num_warps,
     )  # fmt: skip
     return partial.sum(0) if sums else partial[0]
@@ -349,15 +335,11 @@ def _composed(call: Any, t: Tensors, p: Problem) -> tuple[Tensor, Tensor]:
 
 MUTANTS = Mutant.table(
     """no-eps @head_norms: eps left out of the forward
-- r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / (2 * HALF + REST) + eps)
--     a = rounded
-+ r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / (2 * HALF + REST))
-+     a = rounded
+- / (2 * HALF + REST) + eps)
++ / (2 * HALF + REST))
 backward-eps @head_norms: eps left out of the backward
-- r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / (2 * HALF + REST) + eps)
--     a, b, e = a * r
-+ r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / (2 * HALF + REST))
-+     a, b, e = a * r
+- r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / D + eps)
++ r = tl.rsqrt(over_head(a * a, b * b, e * e, REST) / D)
 rest-not-counted @head_norms: the mean over what turns alone
 - total += tl.sum(e, 1)
 + total += 0.0
@@ -374,19 +356,20 @@ halves-share-weights @head_norms: the second half multiplied by the first half's
 - like_llama(b * r, dtype, GEMMA) * wb
 + like_llama(b * r, dtype, GEMMA) * wa
 keys-by-query-weight: keys multiplied by the queries' weight
-- k_heads, k_head, k_out_head, wk_ptr
-+ k_heads, k_head, k_out_head, wq_ptr
-whole-keys-by-query-weight: that, where a program has all heads
-- ka, kb, ke, k_out_ptr, first, k_heads, k_out_head, wk_ptr
-+ ka, kb, ke, k_out_ptr, first, k_heads, k_out_head, wq_ptr
+- k_head, k_out_head, wk_ptr
++ k_head, k_out_head, wq_ptr
+first-tile-again @head_norms: a program's first tile in place of its others
+- tile = load_heads(ptr, at, stride,
++ tile = load_heads(ptr, first, stride,
 frozen-keys-by-query-weight: the gradient of keys taken with the queries' weight
-- wk_ptr, head, k_heads, dk_head, k_head,
--                 k_out_head
-+ wq_ptr, head, k_heads, dk_head, k_head,
-+                 k_out_head
-group-of-queries @rope: groups of keys begin where those of queries do
-- (group - q_groups) * K_TILE)
-+ group * K_TILE)
+- wk_ptr, group * K_TILE, dk_head, k_head,
++ wq_ptr, group * K_TILE, dk_head, k_head,
+group-of-queries @head_norms: groups of keys begin where those of queries do
+- tl.where(of_q, group, group - q_groups), of_q
++ group, of_q
+batch-lost @head_norms: every sequence is the first
+- return tl.program_id(1).to(tl.int64),
++ return tl.program_id(1).to(tl.int64) * 0,
 sign @head_norms: the turn taken the other way
 - a, b = a * c - b * s, b * c + a * s
 + a, b = a * c + b * s, b * c - a * s
@@ -399,6 +382,9 @@ no-projection @head_norms: dx without the derivative of r
 projection-of-half @head_norms: the projection taken over the first half
 - along = over_head(ga * a, gb * b, ge * e, REST)
 + along = over_head(ga * a, 0.0 * b, ge * e, REST)
+projection-unscaled @head_norms: the projection of what came from memory taken for that of the normalised head
+- / D * r * r
++ / D * r
 dw-last-token @head_norms: weight gradients of a program's last tokens alone
 - dwa += ga *
 + dwa = ga *
@@ -416,12 +402,14 @@ last-token-missing: a program leaves its last token out
 + range(tl.minimum(tokens_each, tokens - first) - 1)
 positions-ignored @head_norms: backward without the given positions
 - length, POSITIONS, HALF, HALF_BLOCK, ROWS)
+-     ga, gb
 + length, False, HALF, HALF_BLOCK, ROWS)
++     ga, gb
 gradient-stride: the gradient read with q's token stride
-- for head in range(0, q_heads, Q_TILE):
+- for head in range(0, Q_HEADS, Q_TILE):
 -                 qa, qb, qe = backward_heads(
 -                     dq_ptr + batch * dq_batch + token * dq_token,
-+ for head in range(0, q_heads, Q_TILE):
++ for head in range(0, Q_HEADS, Q_TILE):
 +                 qa, qb, qe = backward_heads(
 +                     dq_ptr + batch * dq_batch + token * q_token,
 frozen-gradient-stride: that, where the weights are frozen
@@ -431,9 +419,9 @@ frozen-gradient-stride: that, where the weights are frozen
 + if of_q:
 +             backward_heads(
 +                 dq_ptr + batch * dq_batch + token * q_token,
-int32-offset @rope: offsets in 32 bits
-- (at % sequence).to(tl.int64), first
-+ at % sequence, first
+int32-offset @head_norms: offsets in 32 bits
+- token.to(tl.int64), tl.where
++ token, tl.where
 gradient-over-input: dq written over the saved q
 - out, sums = (_new(q), _new(k))
 + out, sums = ((q.detach() if q.is_contiguous() else _new(q)), _new(k))
@@ -457,6 +445,7 @@ OP = OpSpec(
             "rows": 2, "heads": 1, "kv_heads": 1, "head_dim": 96, "rotary": 96, "positions": 0, "frozen": 2, "gap": 8,
         },
         "many heads": {"rows": 2, "heads": 20, "kv_heads": 17, "head_dim": 128, "rotary": 128, "frozen": 1},
+        "wide heads": {"rows": 2, "heads": 4, "kv_heads": 3, "head_dim": 256, "rotary": 256, "frozen": 2},
         "no rows": {"rows": 0, "heads": 2, "kv_heads": 1, "head_dim": 8, "rotary": 8},
         "far": {"rows": 3, "heads": 2, "kv_heads": 1, "head_dim": 16, "rotary": 16},
         "huge": {
