@@ -38,7 +38,7 @@ ROOM = 64  # columns beside a norm's row, for LoRA of up to 64 ranks in all and 
 WHOLE = (
     4096  # rows of a layer's MLP that are not cut: strips of fewer spare less than the weights' buffers they hold take
 )
-STRIP = 2048  # of more rows, at once: as fast in products as all of 16384; of half as many a step takes 1.6% longer (H200)
+STRIP = 2048  # of more rows, at once: as fast in products as all of 16384; half as many take a step 1.6% longer (H200)
 WEIGHTS = "weights"  # besides: the layer's weights in 16 bits
 NORMS = "norms"  # and the rows of both norms, and q and k after the norms of heads
 INPUT = "input"  # what everything that is not kept is made of; kept, on the device or in host memory
