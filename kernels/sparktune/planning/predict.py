@@ -144,9 +144,8 @@ def _bytes(
         phases.append(sum(alive[:-1]) + out + max(0, one - fed[-2]) + forward)
     for i in range(s.layers):
         written = dict.fromkeys(buffers, 0) if held[i] else buffers
-        mlp = max(fed[i], one) + _mlp(
-            s, tokens, widths, written, layer.strips
-        )  # strips that were kept come and go first
+        # Strips that were kept come and go first.
+        mlp = max(fed[i], one) + _mlp(s, tokens, widths, written, layer.strips)
         heads = (s.q + s.kv) * (s.head_norms and NORMS not in kept[i])
         attention = tokens * (3 * s.q + 4 * s.kv + 2 * s.hidden + heads) * 2 + written["qkv"] + remade[i]
         if "residual" not in kept[i]:  # made of all that comes before it
