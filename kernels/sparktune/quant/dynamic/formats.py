@@ -18,6 +18,7 @@ from sparktune.export import ggml
 NF4_BLOCK = 64
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
 # What llama-quantize writes for any tensor, embeddings too, which no importance matrix covers (iq3_xxs needs one); by size.
+# Left out: bf16, nvfp4 and ternary types, which err more than others of their bytes on trained weights.
 GGUF_TYPES = (
     "q2_K", "q3_K", "iq3_s", "mxfp4", "iq4_xs", "iq4_nl", "q4_0", "q4_K", "q4_1", "q5_0", "q5_K", "q5_1", "q6_K",
     "q8_0", "f16",
