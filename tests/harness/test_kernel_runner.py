@@ -43,6 +43,7 @@ def check(**changes):
     return base | changes
 
 
+@pytest.mark.slow
 def test_correctness_in_a_real_child(context):
     result = kernel.run(case(dtype="bf16", timeout_s=300), context)
     assert result.verdict is Verdict.PASSED, result.reason

@@ -103,6 +103,7 @@ def test_an_unknown_op_is_named(sanitize, monkeypatch, capsys):
     assert sanitize.main() == 2 and "no op 'gelu'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_runner_calls_an_op_forward_and_backward():
     env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     code = (
