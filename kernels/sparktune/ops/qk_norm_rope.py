@@ -39,12 +39,13 @@ from torch import Tensor
 from sparktune.ops import dispatch
 from sparktune.ops.device import DeviceProperties
 from sparktune.ops.fused import Fused
-from sparktune.ops.head_norms import backward_heads, forward_heads, place, store
+from sparktune.ops.head_norms import backward_heads, forward_heads
 from sparktune.ops.head_problems import head_bytes, head_inputs, heads_of, rows_of, table_inputs, tail
+from sparktune.ops.head_tiles import BATCHES, place, store
 from sparktune.ops.qk_norm_launches import Config, Way, launches
 from sparktune.ops.rms_norm import VARIANTS
 from sparktune.ops.rms_norm import reference as rms_norm_reference
-from sparktune.ops.rope import check, rotated, unit
+from sparktune.ops.rope import check, rotated, token_strides, unit
 from sparktune.ops.spec import FLOATS, Input, Law, Mutant, OpSpec, Problem, Tensors
 
 
@@ -148,13 +149,6 @@ def backward_kernel(
             )  # fmt: skip
 
 
-BATCHES = 65535  # of one launch: where a grid's second axis ends
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [n for t in tensors for n in t.stride()[:3]]
-
-
 def forward_into(
     q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     positions: Tensor | None, eps: float, variant: str,
@@ -173,7 +167,7 @@ def forward_into(
     c = Config.choose(b * s, h, k.shape[2], d, 2 * cos.shape[1], DeviceProperties.of(q.device), "forward")
     dispatch.launch(
         forward_kernel, (s * c.groups, b), q, q, k, q_out, k_out, q_weight.contiguous(), k_weight.contiguous(), cos, sin,
-        cos if positions is None else positions, cos.shape[0], *_strides(q, k, q_out, k_out),
+        cos if positions is None else positions, cos.shape[0], *token_strides(q, k, q_out, k_out),
         *((0, 0) if positions is None else positions.stride()), eps, POSITIONS=positions is not None,
         GEMMA=variant == "gemma", **c.constants("forward"), num_warps=c.heads.num_warps,
     )  # fmt: skip
@@ -202,7 +196,7 @@ def backward_into(
     dispatch.launch(
         backward_kernel, c.programs if sums else (s * c.groups, b), q, dq, dk, q, k, q_out, k_out, q_weight.contiguous(),
         k_weight.contiguous(), partial, cos, sin, cos if positions is None else positions, b * s, c.tokens_each, s,
-        cos.shape[0], *_strides(dq, dk, q, k, q_out, k_out), *((0, 0) if positions is None else positions.stride()), eps,
+        cos.shape[0], *token_strides(dq, dk, q, k, q_out, k_out), *((0, 0) if positions is None else positions.stride()), eps,
         fp_fusion=True, POSITIONS=positions is not None, GEMMA=variant == "gemma", NEED_DW=sums, **c.constants(way),
         num_warps=c.heads.num_warps,
     )  # fmt: skip
@@ -364,10 +358,10 @@ first-tile-again @head_norms: a program's first tile in place of its others
 frozen-keys-by-query-weight: the gradient of keys taken with the queries' weight
 - wk_ptr, group * K_TILE, dk_head, k_head,
 + wq_ptr, group * K_TILE, dk_head, k_head,
-group-of-queries @head_norms: groups of keys begin where those of queries do
+group-of-queries @head_tiles: groups of keys begin where those of queries do
 - tl.where(of_q, group, group - q_groups), of_q
 + group, of_q
-batch-lost @head_norms: every sequence is the first
+batch-lost @head_tiles: every sequence is the first
 - return tl.program_id(1).to(tl.int64),
 + return tl.program_id(1).to(tl.int64) * 0,
 sign @head_norms: the turn taken the other way
@@ -419,7 +413,7 @@ frozen-gradient-stride: that, where the weights are frozen
 + if of_q:
 +             backward_heads(
 +                 dq_ptr + batch * dq_batch + token * q_token,
-int32-offset @head_norms: offsets in 32 bits
+int32-offset @head_tiles: offsets in 32 bits
 - token.to(tl.int64), tl.where
 + token, tl.where
 gradient-over-input: dq written over the saved q

@@ -38,6 +38,7 @@ from torch import Tensor
 from sparktune.ops import dispatch
 from sparktune.ops.fused import Fused
 from sparktune.ops.head_problems import head_bytes, head_inputs, heads_of, rows_of, table_inputs, tail
+from sparktune.ops.head_tiles import BATCHES, load_heads, load_rest, place, store_heads, store_rest
 from sparktune.ops.launching import cdiv, next_power_of_2
 from sparktune.ops.numerics import cast
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
@@ -88,83 +89,84 @@ def angles(
 
 
 @triton.jit
-def place(sequence, q_heads, k_heads, WHOLE: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
-    """This program's batch and token, its first head, and whether that is one of q: a token's groups of heads of q, then
-    of k; with WHOLE it has one program."""
-    q_groups = (q_heads + Q_TILE - 1) // Q_TILE
-    groups = 1 if WHOLE else q_groups + (k_heads + K_TILE - 1) // K_TILE
-    at, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    of_q = group < q_groups
-    first = tl.where(of_q, group * Q_TILE, (group - q_groups) * K_TILE)
-    return (at // sequence).to(tl.int64), (at % sequence).to(tl.int64), first, of_q
-
-
-@triton.jit
 def _turn(a, b, c, s):
     return a * c - b * s, b * c + a * s
 
 
 @triton.jit
-def _heads(
-    x_ptr, y_ptr, first, heads, x_head, y_head, cos_ptr, sin_ptr, position_ptr, token, length, POSITIONS: tl.constexpr,
-    INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    REST_BLOCK: tl.constexpr, TILE: tl.constexpr,
+def _load_pairs(
+    ptr, first, stride, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """TILE heads of one token, from `first` on. They are on their way before the position is known."""
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    """What `load_heads` gives, of heads whose pairs lie side by side."""
     head = (first + tl.arange(0, TILE))[:, None]
-    present = head < heads
-    x_row = x_ptr + head.to(tl.int64) * x_head
-    y_row = y_ptr + head.to(tl.int64) * y_head
+    row = ptr + head.to(tl.int64) * stride
+    i = tl.arange(0, 2 * HALF_BLOCK)[None, :]
+    x = tl.load(row + i, mask=(head < HEADS) & (i < 2 * HALF), other=0.0)
+    a, b = tl.split(tl.reshape(x, (TILE, HALF_BLOCK, 2)))
+    return a, b, load_rest(row, head < HEADS, a, HALF, REST, REST_BLOCK)
+
+
+@triton.jit
+def _store_pairs(
+    ptr, first, stride, a, b, e, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Where `_load_pairs` would load them."""
+    head = (first + tl.arange(0, TILE))[:, None]
+    row = ptr + head.to(tl.int64) * stride
+    i = tl.arange(0, 2 * HALF_BLOCK)[None, :]
+    x = cast(tl.reshape(tl.join(a, b), (TILE, 2 * HALF_BLOCK)), ptr.dtype.element_ty)
+    tl.store(row + i, x, mask=(head < HEADS) & (i < 2 * HALF))
+    store_rest(row, head < HEADS, e, HALF, REST, REST_BLOCK)
+
+
+@triton.jit
+def _heads(
+    x_ptr, y_ptr, group, x_head, y_head, cos_ptr, sin_ptr, position_ptr, token, length, POSITIONS: tl.constexpr,
+    INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile of heads of one token. They are on their way before the position is known."""
+    EXACT: tl.constexpr = HEADS % TILE == 0 and HALF == HALF_BLOCK
+    first = group * TILE
     if INTERLEAVED:
-        i = tl.arange(0, 2 * HALF_BLOCK)[None, :]
-        mask = present & (i < 2 * HALF)
-        x = tl.load(x_row + i, mask=mask, other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(x, (TILE, HALF_BLOCK, 2)))
+        a, b, e = _load_pairs(x_ptr, first, x_head, HALF, REST, HALF_BLOCK, REST_BLOCK, HEADS, TILE)
     else:
-        i = tl.arange(0, HALF_BLOCK)[None, :]
-        mask = present & (i < HALF)
-        a = tl.load(x_row + i, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(x_row + HALF + i, mask=mask, other=0.0).to(tl.float32)
-    if REST:
-        j = 2 * HALF + tl.arange(0, REST_BLOCK)[None, :]
-        kept = present & (j < 2 * HALF + REST)
-        rest = tl.load(x_row + j, mask=kept)
+        a, b, e = load_heads(x_ptr, first, x_head, EXACT, HALF, REST, HALF_BLOCK, REST_BLOCK, HEADS, TILE)
     c, s = angles(cos_ptr, sin_ptr, position_ptr, token, length, POSITIONS, HALF, HALF_BLOCK, TILE)
     if INVERSE:
         s = -s
-    a, b = _turn(a, b, c, s)
+    a, b = _turn(a.to(tl.float32), b.to(tl.float32), c, s)
+    e = e.to(tl.float32)  # and back when it is stored, which changes nothing
     if INTERLEAVED:
-        tl.store(y_row + i, cast(tl.reshape(tl.join(a, b), (TILE, 2 * HALF_BLOCK)), dtype), mask=mask)
+        _store_pairs(y_ptr, first, y_head, a, b, e, HALF, REST, HALF_BLOCK, REST_BLOCK, HEADS, TILE)
     else:
-        tl.store(y_row + i, cast(a, dtype), mask=mask)
-        tl.store(y_row + HALF + i, cast(b, dtype), mask=mask)
-    if REST:
-        tl.store(y_row + j, rest, mask=kept)
+        store_heads(y_ptr, first, y_head, a, b, e, EXACT, HALF, REST, HALF_BLOCK, REST_BLOCK, HEADS, TILE)
 
 
 @triton.jit
 def rotate_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ptr, sequence, length, q_heads, k_heads,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, q_out_batch, q_out_token, q_out_head,
-    k_out_batch, k_out_token, k_out_head, position_batch, position_token,
-    POSITIONS: tl.constexpr, INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ptr, length, q_batch, q_token, q_head,
+    k_batch, k_token, k_head, q_out_batch, q_out_token, q_out_head, k_out_batch, k_out_token, k_out_head,
+    position_batch, position_token, POSITIONS: tl.constexpr, INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
-    """A group of heads of one token a program, of q or of k; names such as q_token are strides in elements."""
-    batch, token, first, of_q = place(sequence, q_heads, k_heads, False, Q_TILE, K_TILE)
+    """A tile of heads of one token a program, of q or of k; names such as q_token are strides in elements."""
+    batch, token, group, of_q = place(Q_HEADS, K_HEADS, Q_TILE, K_TILE)
     position_ptr += batch * position_batch + token * position_token
     if of_q:
         _heads(
-            q_ptr + batch * q_batch + token * q_token, q_out_ptr + batch * q_out_batch + token * q_out_token, first,
-            q_heads, q_head, q_out_head, cos_ptr, sin_ptr, position_ptr, token, length, POSITIONS, INVERSE, INTERLEAVED,
-            HALF, REST, HALF_BLOCK, REST_BLOCK, Q_TILE,
+            q_ptr + batch * q_batch + token * q_token, q_out_ptr + batch * q_out_batch + token * q_out_token, group,
+            q_head, q_out_head, cos_ptr, sin_ptr, position_ptr, token, length, POSITIONS, INVERSE, INTERLEAVED,
+            HALF, REST, HALF_BLOCK, REST_BLOCK, Q_HEADS, Q_TILE,
         )  # fmt: skip
     else:
         _heads(
-            k_ptr + batch * k_batch + token * k_token, k_out_ptr + batch * k_out_batch + token * k_out_token, first,
-            k_heads, k_head, k_out_head, cos_ptr, sin_ptr, position_ptr, token, length, POSITIONS, INVERSE, INTERLEAVED,
-            HALF, REST, HALF_BLOCK, REST_BLOCK, K_TILE,
+            k_ptr + batch * k_batch + token * k_token, k_out_ptr + batch * k_out_batch + token * k_out_token, group,
+            k_head, k_out_head, cos_ptr, sin_ptr, position_ptr, token, length, POSITIONS, INVERSE, INTERLEAVED,
+            HALF, REST, HALF_BLOCK, REST_BLOCK, K_HEADS, K_TILE,
         )  # fmt: skip
 
 
@@ -204,6 +206,11 @@ def unit(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
+def token_strides(*tensors: Tensor) -> list[int]:
+    """Strides of batch, token and head of each."""
+    return [n for t in tensors for n in t.stride()[:3]]
+
+
 def rotate(
     q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None,
     interleaved: bool, inverse: bool,
@@ -215,16 +222,21 @@ def rotate(
     b, s, h, d = q.shape
     if q.numel() + k.numel() == 0:
         return
+    if b > BATCHES:
+        for i in range(0, b, BATCHES):
+            n = slice(i, i + BATCHES)
+            at = None if positions is None else positions[n]
+            rotate(q[n], k[n], q_out[n], k_out[n], cos, sin, at, interleaved, inverse)
+        return
     q, k, cos, sin = unit(q), unit(k), cos.contiguous(), sin.contiguous()
     rotary = 2 * cos.shape[1]
-    at = (0, 0) if positions is None else positions.stride()
     c = Config.choose(h, k.shape[2], d, rotary)
     dispatch.launch(
-        rotate_kernel, b * s * c.groups(h, k.shape[2]), q, q, k, q_out, k_out, cos, sin,
-        cos if positions is None else positions, s, cos.shape[0], h, k.shape[2],
-        *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3], *at,
-        POSITIONS=positions is not None, INVERSE=inverse, INTERLEAVED=interleaved, HALF=rotary // 2, REST=d - rotary,
-        HALF_BLOCK=c.half_block, REST_BLOCK=c.rest_block, Q_TILE=c.q_tile, K_TILE=c.k_tile, num_warps=c.num_warps,
+        rotate_kernel, (s * c.groups(h, k.shape[2]), b), q, q, k, q_out, k_out, cos, sin,
+        cos if positions is None else positions, cos.shape[0], *token_strides(q, k, q_out, k_out),
+        *((0, 0) if positions is None else positions.stride()), POSITIONS=positions is not None, INVERSE=inverse,
+        INTERLEAVED=interleaved, HALF=rotary // 2, REST=d - rotary, HALF_BLOCK=c.half_block, REST_BLOCK=c.rest_block,
+        Q_HEADS=h, K_HEADS=k.shape[2], Q_TILE=c.q_tile, K_TILE=c.k_tile, num_warps=c.num_warps,
     )  # fmt: skip
 
 
@@ -334,11 +346,12 @@ def _launches(p: Any) -> list[Launch]:
         ptr = f"*{TRITON_TYPES[dtype]}"
         args = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), ptr)
         args |= dict(cos_ptr="*fp32", sin_ptr="*fp32", position_ptr="*i64")
-        sizes = ("sequence", "length", "q_heads", "k_heads", "position_batch", "position_token")
+        sizes = ("length", "position_batch", "position_token")
         strides = [f"{t}_{s}" for t in ("q", "k", "q_out", "k_out") for s in ("batch", "token", "head")]
         args |= dict.fromkeys((*sizes, *strides), "i32")
         flags = dict(POSITIONS=True, INVERSE=inverse, INTERLEAVED=variant == "interleaved", HALF=r // 2, REST=d - r)
         flags |= dict(HALF_BLOCK=c.half_block, REST_BLOCK=c.rest_block, Q_TILE=c.q_tile, K_TILE=c.k_tile)
+        flags |= dict(Q_HEADS=h, K_HEADS=kv)
         args |= dict.fromkeys(flags, "constexpr")
         when = f"{'backward' if inverse else 'forward'}, {h}+{kv} heads of {d}, {r} rotary"
         found.append(Launch(when, "rotate_kernel", args, flags, c.num_warps, 3, TRITON_TYPES[dtype], variant))
@@ -365,39 +378,40 @@ positions-ignored: every document's positions run on
 + if False:
 position-stride: positions read as if they were contiguous
 - batch * position_batch + token * position_token
-+ batch * sequence + token
++ batch * (tl.num_programs(0) // tl.cdiv(Q_HEADS, Q_TILE)) + token
 position-truncated: int64 positions read at the wrong row of the batch
 - batch * position_batch + token
 + 0 * position_batch + token
 table-width: rows of the table taken to be a whole head wide
 - tl.where(inside, position, 0) * HALF
 + tl.where(inside, position, 0) * HALF_BLOCK
-first-head: every head is the first
-- x_row = x_ptr + head.to(tl.int64) * x_head
-+ x_row = x_ptr + head.to(tl.int64) * 0
+first-head @head_tiles: every head is the first
+- return load(ptr + head.to(tl.int64) * stride, head
++ return load(ptr + head.to(tl.int64) * 0, head
 head-stride: heads of the input taken to lie as in the output
-- x_row = x_ptr + head.to(tl.int64) * x_head
-+ x_row = x_ptr + head.to(tl.int64) * y_head
+- load_heads(x_ptr, first, x_head,
++ load_heads(x_ptr, first, y_head,
+pairs-stride: heads of interleaved pairs taken to lie as in the output
+- _load_pairs(x_ptr, first, x_head,
++ _load_pairs(x_ptr, first, y_head,
 last-heads-lost: only the first tile of heads
-- first = tl.where(of_q, group * Q_TILE, (group - q_groups) * K_TILE)
+- first = group * TILE
 + first = group * 0
-rest-lost: elements past the rotary ones not copied
-- if REST:
--         tl.store
-+ if False:
-+         tl.store
-rest-turned: partial rotary split at half the head
-- b = tl.load(x_row + HALF + i, mask
-+ b = tl.load(x_row + (2 * HALF + REST) // 2 + i, mask
+rest-lost @head_tiles: elements past the rotary ones not copied
+- tl.store(row + 2 * HALF + j, cast(e, row.dtype.element_ty), mask=present & (j < REST))
++ tl.store(row + 2 * HALF + j, cast(e, row.dtype.element_ty), mask=present & (j < 0))
+rest-turned @head_tiles: partial rotary split at half the head
+- b = tl.load(row + HALF + i, mask
++ b = tl.load(row + (2 * HALF + REST) // 2 + i, mask
 keys-by-query-strides: keys read with the queries' token stride
 - k_ptr + batch * k_batch + token * k_token
 + k_ptr + batch * k_batch + token * q_token
 batch-lost: every sequence is the first
 - q_ptr + batch * q_batch + token * q_token
 + q_ptr + token * q_token
-int32-offset: offsets in 32 bits
-- (at % sequence).to(tl.int64), first
-+ at % sequence, first
+int32-offset @head_tiles: offsets in 32 bits
+- token.to(tl.int64), tl.where
++ token, tl.where
 tables-rounded: cos rounded to the activations' dtype
 - return a * c - b * s, b * c + a * s
 + return a * c.to(tl.float16).to(tl.float32) - b * s, b * c + a * s
