@@ -98,16 +98,18 @@ def test_every_launch_names_its_kernels_arguments(op):
 
 
 @pytest.mark.parametrize("props", [SPARK, INTERPRETER, DeviceProperties(40, 101376, 1536, 2**24, 121)])
-@pytest.mark.parametrize("n", [1, 63, 1024, 1025, 5120, 8192, 8193, 262144])
-def test_every_width_gets_a_configuration_that_the_gate_compiled(props, n):
-    gate = {
-        (launch.kernel.split("_")[0], launch.constexprs["BLOCK"], launch.constexprs["SINGLE"], launch.num_warps)
-        for launch in rms_norm.OP.launches(SPARK)
-    }
+@pytest.mark.parametrize("n", [1, 63, 512, 1024, 1025, 1536, 2560, 2880, 3584, 5120, 5376, 7168, 8192, 8193, 262144])
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
+def test_every_width_gets_a_configuration_that_the_gate_compiled(op, props, n):
+    gate = set()
+    for launch in load_op(op).launches(SPARK):
+        x = launch.constexprs
+        gate.add((launch.kernel.split("_")[0], x["BLOCK"], x["PIECES"], x["WHOLE"], launch.num_warps))
     for sums, kernel in ((False, "forward"), (False, "backward"), (True, "backward")):
-        c = RowConfig.choose(4096, n, props, sums)
-        assert (kernel, c.block, c.single, c.num_warps) in gate
-        assert not c.single or c.block >= n
+        c = RowConfig.choose(4096, n, props, sums, cut=kernel == "backward" or op == "rms_norm")
+        assert (kernel, c.block, c.pieces, c.whole, c.num_warps) in gate
+        assert c.pieces * c.block == n if c.whole else not c.pieces or c.block >= n > 0
+        assert not (sums and c.pieces > 1), "sums are kept for one piece"
 
 
 @pytest.mark.parametrize("op", op_names())

@@ -21,8 +21,8 @@ Shapes: x [..., N] and weight [N], fp32, bf16 or fp16 each; y has x's shape and,
 and r in fp32.
 
 Bytes: forward reads x and writes y; backward reads x and dy and writes dx; 5 M N elements in all, the weight being
-small. Both passes are limited by memory, so each row is read once when it fits one block and twice (the second time
-from cache) when not. The weight's gradient needs a sum over rows: every program keeps its own partial sum, written
+small. Both passes are limited by memory, so each row of up to 8192 columns is read once and a longer one twice (the
+second time from cache). The weight's gradient needs a sum over rows: every program keeps its own partial sum, written
 once, and these few rows are then added in a fixed order, so the result is the same bits every time.
 
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; the rounding orders are those of
@@ -44,6 +44,7 @@ from sparktune.ops.device import DeviceProperties
 from sparktune.ops.fused import Fused
 from sparktune.ops.numerics import cast
 from sparktune.ops.row_config import RowConfig
+from sparktune.ops.row_pieces import load_piece, store_piece
 from sparktune.ops.spec import FLOATS, TRITON_TYPES, Input, Launch, Law, Mutant, OpSpec, Problem, Tensors
 
 VARIANTS = ("llama", "gemma")
@@ -74,8 +75,8 @@ def _round_like(h, x_ptr, GEMMA: tl.constexpr):
 
 
 @triton.jit
-def _gain(w_ptr, cols, mask, GEMMA: tl.constexpr):
-    w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+def _gain(w, GEMMA: tl.constexpr):
+    w = w.to(tl.float32)
     if GEMMA:
         w = 1.0 + w
     return w
@@ -84,41 +85,47 @@ def _gain(w_ptr, cols, mask, GEMMA: tl.constexpr):
 @triton.jit
 def forward_kernel(
     x_ptr, w_ptr, y_ptr, r_ptr, n, x_stride, y_stride, eps,
-    GEMMA: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
+    GEMMA: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: y and r. SINGLE: the row fits one block and stays in registers."""
+    """One row a program: y and r. Its PIECES stay in registers; 0: it is read in steps, twice."""
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * x_stride
     y_row = y_ptr + row * y_stride
     cols = tl.arange(0, BLOCK)
-    if SINGLE:
-        x = tl.load(x_row + cols, mask=cols < n, other=0.0).to(tl.float32)
-        r = tl.rsqrt(tl.sum(x * x, 0) / n + eps)
-        h = _round_like(x * r, x_ptr, GEMMA)
-        y = h * _gain(w_ptr, cols, cols < n, GEMMA)
-        tl.store(y_row + cols, cast(y, y_ptr.dtype.element_ty), mask=cols < n)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    if PIECES:
+        xs = ()
+        for i in tl.static_range(PIECES):
+            piece = load_piece(x_row, i * BLOCK + cols, n, WHOLE)
+            xs += (piece,)  # type: ignore[assignment]  # the loop is unrolled
+            x = piece.to(tl.float32)
+            squares += x * x
+        r = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+        for i in tl.static_range(PIECES):
+            c = i * BLOCK + cols
+            h = _round_like(xs[i].to(tl.float32) * r, x_ptr, GEMMA)
+            store_piece(y_row, c, n, h * _gain(load_piece(w_ptr, c, n, WHOLE), GEMMA), WHOLE)
     else:
-        squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, n, BLOCK):
-            c = start + cols
-            x = tl.load(x_row + c, mask=c < n, other=0.0).to(tl.float32)
+            x = load_piece(x_row, start + cols, n, False).to(tl.float32)
             squares += x * x
         r = tl.rsqrt(tl.sum(squares, 0) / n + eps)
         for start in range(0, n, BLOCK):
             c = start + cols
-            x = tl.load(x_row + c, mask=c < n, other=0.0).to(tl.float32)
-            h = _round_like(x * r, x_ptr, GEMMA)
-            y = h * _gain(w_ptr, c, c < n, GEMMA)
-            tl.store(y_row + c, cast(y, y_ptr.dtype.element_ty), mask=c < n)
+            h = _round_like(load_piece(x_row, c, n, False).to(tl.float32) * r, x_ptr, GEMMA)
+            store_piece(y_row, c, n, h * _gain(load_piece(w_ptr, c, n, False), GEMMA), False)
     tl.store(r_ptr + row, r)
 
 
 @triton.jit
 def backward_kernel(
     dy_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, m, n, dy_stride, x_stride, rows_each,
-    GEMMA: tl.constexpr, NEED_DW: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
+    GEMMA: tl.constexpr, NEED_DW: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`rows_each` rows a program: dx, and this program's part of dw in its own row of dw_ptr [programs, n], fp32."""
+    """`rows_each` rows a program: dx, and this program's part of dw in its own row of dw_ptr [programs, n], fp32.
+
+    With NEED_DW a row is one piece, or is read in steps.
+    """
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     dw = tl.zeros((BLOCK,), tl.float32)
@@ -129,35 +136,46 @@ def backward_kernel(
         x_row = x_ptr + row * x_stride
         dx_row = dx_ptr + row * n
         r = tl.load(r_ptr + row)
-        if SINGLE:
-            mask = cols < n
-            dy = tl.load(dy_row + cols, mask=mask, other=0.0).to(tl.float32)
-            h = tl.load(x_row + cols, mask=mask, other=0.0).to(tl.float32) * r
-            g = dy * _gain(w_ptr, cols, mask, GEMMA)
-            along = tl.sum(g * h, 0) / n
-            tl.store(dx_row + cols, cast((g - h * along) * r, dx_ptr.dtype.element_ty), mask=mask)
-            if NEED_DW:
-                dw += dy * _round_like(h, x_ptr, GEMMA)
+        products = tl.zeros((BLOCK,), tl.float32)
+        if PIECES:
+            held = ()
+            for k in tl.static_range(PIECES):
+                c = k * BLOCK + cols
+                piece = (
+                    load_piece(dy_row, c, n, WHOLE),
+                    load_piece(x_row, c, n, WHOLE),
+                    load_piece(w_ptr, c, n, WHOLE),
+                )
+                held += (piece,)  # type: ignore[assignment]
+                dy, x, w = piece
+                products += dy.to(tl.float32) * _gain(w, GEMMA) * (x.to(tl.float32) * r)
+            along = tl.sum(products, 0) / n
+            for k in tl.static_range(PIECES):
+                dy, x, w = held[k]
+                dy, h = dy.to(tl.float32), x.to(tl.float32) * r
+                dx = (dy * _gain(w, GEMMA) - h * along) * r
+                store_piece(dx_row, k * BLOCK + cols, n, dx, WHOLE)
+                if NEED_DW:
+                    dw += dy * _round_like(h, x_ptr, GEMMA)
         else:
-            products = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, n, BLOCK):
                 c = start + cols
-                dy = tl.load(dy_row + c, mask=c < n, other=0.0).to(tl.float32)
-                h = tl.load(x_row + c, mask=c < n, other=0.0).to(tl.float32) * r
-                products += dy * _gain(w_ptr, c, c < n, GEMMA) * h
+                dy = load_piece(dy_row, c, n, False).to(tl.float32)
+                h = load_piece(x_row, c, n, False).to(tl.float32) * r
+                products += dy * _gain(load_piece(w_ptr, c, n, False), GEMMA) * h
             along = tl.sum(products, 0) / n
             for start in range(0, n, BLOCK):
                 c = start + cols
-                dy = tl.load(dy_row + c, mask=c < n, other=0.0).to(tl.float32)
-                h = tl.load(x_row + c, mask=c < n, other=0.0).to(tl.float32) * r
-                dx = (dy * _gain(w_ptr, c, c < n, GEMMA) - h * along) * r
-                tl.store(dx_row + c, cast(dx, dx_ptr.dtype.element_ty), mask=c < n)
+                dy = load_piece(dy_row, c, n, False).to(tl.float32)
+                h = load_piece(x_row, c, n, False).to(tl.float32) * r
+                dx = (dy * _gain(load_piece(w_ptr, c, n, False), GEMMA) - h * along) * r
+                store_piece(dx_row, c, n, dx, False)
                 if NEED_DW:
-                    part = dw_ptr + program * n + c
-                    before = tl.load(part, mask=c < n, other=0.0)
-                    tl.store(part, before + dy * _round_like(h, x_ptr, GEMMA), mask=c < n)
-    if NEED_DW and SINGLE:
-        tl.store(dw_ptr + program * n + cols, dw, mask=cols < n)
+                    part = dw_ptr + program * n
+                    before = load_piece(part, c, n, False)
+                    store_piece(part, c, n, before + dy * _round_like(h, x_ptr, GEMMA), False)
+    if NEED_DW and PIECES:
+        store_piece(dw_ptr + program * n, cols, n, dw, WHOLE)
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float, variant: str, room: int) -> tuple[Tensor, Tensor]:
@@ -169,10 +187,10 @@ def _forward(x: Tensor, weight: Tensor, eps: float, variant: str, room: int) -> 
     r = torch.empty(m, dtype=torch.float32, device=x.device)
     if m:
         flat = dispatch.rows(x)
-        c = RowConfig.choose(m, n, DeviceProperties.of(x.device))
+        c = RowConfig.choose(m, n, DeviceProperties.of(x.device), cut=True)
         dispatch.launch(
             forward_kernel, c.programs, x, flat, weight.contiguous(), y, r, n, flat.stride(0), n + room, eps,
-            GEMMA=gemma, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
+            GEMMA=gemma, PIECES=c.pieces, WHOLE=c.whole, BLOCK=c.block, num_warps=c.num_warps,
         )  # fmt: skip
     return (y[..., :n] if room else y), r
 
@@ -187,14 +205,14 @@ def _backward(
     if m == 0:
         return dx, torch.zeros_like(weight)
     flat, dy = dispatch.rows(x), dispatch.rows(dy)
-    c = RowConfig.choose(m, n, DeviceProperties.of(x.device), sums=need_dw)
+    c = RowConfig.choose(m, n, DeviceProperties.of(x.device), sums=need_dw, cut=True)
     # Wide rows add to their partial sums in memory, so those begin at zero.
     make = torch.empty if c.single else torch.zeros
     partial = make((c.programs, n) if need_dw else (1,), dtype=torch.float32, device=x.device)
     dispatch.launch(
         backward_kernel, c.programs, x, dy, flat, weight.contiguous(), r, dx, partial, m, n, dy.stride(0),
         flat.stride(0), c.rows_each,
-        GEMMA=variant == "gemma", NEED_DW=need_dw, SINGLE=c.single, BLOCK=c.block, num_warps=c.num_warps,
+        GEMMA=variant == "gemma", NEED_DW=need_dw, PIECES=c.pieces, WHOLE=c.whole, BLOCK=c.block, num_warps=c.num_warps,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype) if need_dw else torch.empty_like(weight)
 
@@ -239,11 +257,13 @@ def _exact(t: Tensors, p: Problem, slack: float) -> tuple[torch.Tensor, torch.Te
 
 
 def _inputs(p: Problem) -> dict[str, Input]:
+    """`frozen`: the weight is; where it is trained no row is cut."""
     batch = [p.dims["batch"]] if "batch" in p.dims else []
     n = p.dims["columns"]
+    centre = 0.0 if p.variant == "gemma" else 1.0
     return {
         "x": Input((*batch, p.dims["rows"], n), p.dtype, grad=True),
-        "weight": Input((n,), p.dtype, "parameter", grad=True, centre=0.0 if p.variant == "gemma" else 1.0, spread=0.5),
+        "weight": Input((n,), p.dtype, "parameter", grad=not p.dims.get("frozen"), centre=centre, spread=0.5),
     }
 
 
@@ -273,15 +293,17 @@ def _permuted(call: Any, t: Tensors, p: Problem) -> tuple[torch.Tensor, torch.Te
 
 
 def _launches(p: DeviceProperties) -> list[Launch]:
-    """Every width in bf16, in both orders; the other dtypes at the widest row that stays in registers."""
-    cases = [(n, torch.bfloat16, variant) for n in RowConfig.WIDTHS for variant in VARIANTS]
-    cases += [(8192, torch.float32, "gemma"), (8192, torch.float16, "llama")]
+    """Every width in bf16, where no piece fills the row in both orders; the other dtypes at the widest in registers."""
+    widths = RowConfig.every_width()
+    cases = [(n, torch.bfloat16, v) for n in widths for v in VARIANTS if v == "llama" or n not in RowConfig.FILLED]
+    cases += [(8191, torch.float32, "gemma"), (8191, torch.float16, "llama")]
     found = []
     for n, dtype, variant in cases:
         ptr = f"*{TRITON_TYPES[dtype]}"
-        for need_dw in (None, False, True) if n != 8193 else (None, False):  # as at 8192 where it is trained
-            c = RowConfig.choose(2**20, n, p, sums=bool(need_dw))
-            flags = {"GEMMA": variant == "gemma", "SINGLE": c.single, "BLOCK": c.block}
+        summed = () if n > 8192 or n in RowConfig.FILLED else (True,)  # those are as at 8192, and never cut
+        for need_dw in (None, False, *summed):
+            c = RowConfig.choose(2**20, n, p, sums=bool(need_dw), cut=True)
+            flags = {"GEMMA": variant == "gemma", "PIECES": c.pieces, "WHOLE": c.whole, "BLOCK": c.block}
             if need_dw is None:
                 name, where = "forward_kernel", "forward"
                 args = dict(x_ptr=ptr, w_ptr=ptr, y_ptr=ptr, r_ptr="*fp32", n="i32")
@@ -291,7 +313,7 @@ def _launches(p: DeviceProperties) -> list[Launch]:
                 args = dict(dy_ptr=ptr, x_ptr=ptr, w_ptr=ptr, r_ptr="*fp32", dx_ptr=ptr, dw_ptr="*fp32")
                 args |= dict(m="i32", n="i32", dy_stride="i32", x_stride="i32", rows_each="i32")
                 flags["NEED_DW"] = need_dw
-            when = f"{where}, {'up to' if n <= 8192 else 'over'} {min(n, 8192)} columns"
+            when = f"{where}, {widths[n]} columns"
             args |= dict.fromkeys(flags, "constexpr")
             found.append(Launch(when, name, args, flags, c.num_warps, 3, TRITON_TYPES[dtype], variant))
     return found
@@ -299,17 +321,49 @@ def _launches(p: DeviceProperties) -> list[Launch]:
 
 MUTANTS = Mutant.table(
     """no-eps: eps left out of the forward
-- tl.sum(x * x, 0) / n + eps)
-+ tl.sum(x * x, 0) / n)
+- x = piece.to(tl.float32)
+-             squares += x * x
+-         r = tl.rsqrt(tl.sum(squares, 0) / n + eps)
++ x = piece.to(tl.float32)
++             squares += x * x
++         r = tl.rsqrt(tl.sum(squares, 0) / n)
 mean-over-block: mean over the padded block instead of the row
-- tl.sum(x * x, 0) / n + eps)
-+ tl.sum(x * x, 0) / BLOCK + eps)
-wide-no-eps: eps left out where the row does not fit a block
-- tl.sum(squares, 0) / n + eps)
-+ tl.sum(squares, 0) / n)
+- x = piece.to(tl.float32)
+-             squares += x * x
+-         r = tl.rsqrt(tl.sum(squares, 0) / n + eps)
++ x = piece.to(tl.float32)
++             squares += x * x
++         r = tl.rsqrt(tl.sum(squares, 0) / (PIECES * BLOCK) + eps)
+wide-no-eps: eps left out where the row is read in steps
+- x = load_piece(x_row, start + cols, n, False).to(tl.float32)
+-             squares += x * x
+-         r = tl.rsqrt(tl.sum(squares, 0) / n + eps)
++ x = load_piece(x_row, start + cols, n, False).to(tl.float32)
++             squares += x * x
++         r = tl.rsqrt(tl.sum(squares, 0) / n)
 wide-overwrites: sum of squares keeps the last block only
-- squares += x * x
-+ squares = x * x
+- x = load_piece(x_row, start + cols, n, False).to(tl.float32)
+-             squares += x * x
++ x = load_piece(x_row, start + cols, n, False).to(tl.float32)
++             squares = x * x
+pieces-overwrite: sum of squares keeps the last piece only
+- x = piece.to(tl.float32)
+-             squares += x * x
++ x = piece.to(tl.float32)
++             squares = x * x
+piece-again: the first piece of a row in place of its others
+- xs[i].to(tl.float32) * r
++ xs[0].to(tl.float32) * r
+pieces-share-weights: every piece multiplied by the first one's weights
+- c = i * BLOCK + cols
+-             h = _round_like(xs[i].to(tl.float32) * r, x_ptr, GEMMA)
+-             store_piece(y_row, c, n, h * _gain(load_piece(w_ptr, c,
++ c = i * BLOCK + cols
++             h = _round_like(xs[i].to(tl.float32) * r, x_ptr, GEMMA)
++             store_piece(y_row, c, n, h * _gain(load_piece(w_ptr, cols,
+projection-of-last-piece: the projection taken over the last piece
+- products += dy.to(tl.float32) * _gain(w, GEMMA)
++ products = dy.to(tl.float32) * _gain(w, GEMMA)
 llama-unrounded: Llama's row not rounded before the weight
 - if not GEMMA:
 + if False:
@@ -317,20 +371,20 @@ gemma-plain-weight: Gemma's weight without the one
 - w = 1.0 + w
 + w = w
 weight-index: every column multiplied by the first weight
-- tl.load(w_ptr + cols,
-+ tl.load(w_ptr + cols * 0,
+- h * _gain(load_piece(w_ptr, c, n, WHOLE), GEMMA), WHOLE)
++ h * _gain(load_piece(w_ptr, c * 0, n, WHOLE), GEMMA), WHOLE)
 no-projection: dx without the derivative of r
-- cast((g - h * along) * r,
-+ cast(g * r,
+- dx = (dy * _gain(w, GEMMA) - h * along) * r
++ dx = dy * _gain(w, GEMMA) * r
 projection-sign: projection added in place of taken away
-- cast((g - h * along) * r,
-+ cast((g + h * along) * r,
+- dx = (dy * _gain(w, GEMMA) - h * along) * r
++ dx = (dy * _gain(w, GEMMA) + h * along) * r
 wide-no-projection: wide rows without the derivative of r
-- c < n, GEMMA) - h * along) * r
-+ c < n, GEMMA)) * r
+- dx = (dy * _gain(load_piece(w_ptr, c, n, False), GEMMA) - h * along) * r
++ dx = dy * _gain(load_piece(w_ptr, c, n, False), GEMMA) * r
 dx-unscaled: dx not multiplied by r
-- cast((g - h * along) * r,
-+ cast(g - h * along,
+- dx = (dy * _gain(w, GEMMA) - h * along) * r
++ dx = dy * _gain(w, GEMMA) - h * along
 dw-last-row: weight gradient of a program's last row only
 - dw += dy *
 + dw = dy *
@@ -374,6 +428,8 @@ OP = OpSpec(
         "prime": {"rows": 7, "columns": 211, "room": 16},
         "batched": {"batch": 2, "rows": 3, "columns": 64, "room": 8},
         "wide": {"rows": 3, "columns": 8209},
+        "pieces": {"rows": 3, "columns": 2560, "room": 8, "frozen": 1},
+        "whole": {"rows": 2, "columns": 1024, "frozen": 1},
         "one": {"rows": 1, "columns": 1},
         "no rows": {"rows": 0, "columns": 64},
         "no columns": {"rows": 3, "columns": 0},
