@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import typer
+from sparkproof.cli.proof import selftest_kernels
 from sparkproof.errors import UserError
 from sparkproof.judge import mutants, selftest
 from sparkproof.judge.mutants import MutantError
+from sparkproof.judge.record import Judgement, Raised
 from sparktune.ops import load_op, op_names
 from sparktune.ops.spec import Mutant
 
@@ -65,6 +68,7 @@ PLANT = """
 import dataclasses, json, torch
 from sparkproof.judge import mutants, selftest
 from sparkproof.judge.mutants import MutantError
+from sparkproof.judge.record import Judgement, Raised
 from sparktune.ops import load_op
 from sparktune.ops.spec import Mutant
 spec = load_op("swiglu")
@@ -153,3 +157,33 @@ def test_all_mutants_of_all_ops_die():
     document = selftest.kernels()
     assert document["passed"], [(r["op"], r["survivors"], r["error"]) for r in document["ops"]]
     assert [r["op"] for r in document["ops"]] == op_names()
+
+
+def test_the_table_says_why_an_op_was_not_tried_and_what_survived(monkeypatch, capsys):
+    survivor = {"id": "no-eps", "description": "eps left out", "killed": False, "by": "no check failed"}
+    row = {"op": "rope", "killed": 0, "total": 1, "survivors": ["no-eps"], "seconds": 1.0, "mutants": [survivor]}
+    row |= {"error": "", "let_pass": {}}
+    failed = row | {"op": "swiglu", "survivors": [], "mutants": [], "error": "swiglu fails unmutated: NaN [there]"}
+    document = {"ops": [row, failed], "peers": {}, "passed": False, "killed": 0, "total": 2, "seconds": 2.0}
+    monkeypatch.setattr(selftest, "kernels", lambda ops, progress: document)
+    with pytest.raises(typer.Exit) as end:
+        selftest_kernels(op=[], json_out=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert end.value.exit_code == 1
+    assert "survived: rope no-eps: eps left out; no check failed" in said
+    assert "not tried: swiglu fails unmutated: NaN [there]" in said
+    assert "0 of 2 wrong kernels killed" in said
+
+
+def test_what_an_interpreter_wraps_at_each_call_is_told_once():
+    record = Judgement("rope", "interpreter")
+
+    def fails():
+        try:
+            raise ValueError("sizes differ")
+        except ValueError as e:
+            raise RuntimeError(repr(e)) from e
+
+    with pytest.raises(Raised), record.tested("call"):
+        fails()
+    assert record.failures[0].detail == "ValueError: sizes differ"

@@ -116,6 +116,15 @@ def selftest_kernels(
             line = (row["op"], str(row["killed"]), str(row["total"]), *passed, escape(survivors))
             table.add_row(*line, f"{row['seconds']:.1f}")
         console.print(table)
+        for row in document["ops"]:
+            if row["error"]:
+                console.print(f"[red]not tried:[/red] {escape(row['error'])}", soft_wrap=True)
+            for m in row["mutants"]:
+                if not m["killed"]:
+                    said = f"{row['op']} {m['id']}: {m['description']}; {m['by']}"
+                    console.print(f"[red]survived:[/red] {escape(said)}", soft_wrap=True)
+        total, killed = document["total"], document["killed"]
+        console.print(f"{killed} of {total} wrong kernels killed; {document['seconds']:.0f} s.")
     raise typer.Exit(0 if document["passed"] else 1)
 
 

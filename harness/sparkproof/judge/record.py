@@ -64,7 +64,8 @@ class Judgement:
             raise
         except Exception as e:
             self.error = e
-            self.check("no exception", what, False, detail=f"{type(e).__name__}: {str(e).strip()[:300]}")
+            first = _first_cause(e)
+            self.check("no exception", what, False, detail=f"{type(first).__name__}: {str(first).strip()[:300]}")
             raise Raised from e
 
     def document(self) -> dict[str, Any]:
@@ -75,6 +76,13 @@ class Judgement:
             "checks": [asdict(c) for c in self.checks],
             "not_run": self.not_run,
         }
+
+
+def _first_cause(e: BaseException) -> BaseException:
+    """What an exception was raised from, and so on: Triton's interpreter wraps one anew at every call of a kernel's parts."""
+    while e.__cause__ is not None:
+        e = e.__cause__
+    return e
 
 
 class Raised(Exception):
