@@ -69,7 +69,7 @@ class FakeClock:
     def __init__(self, *ms: float) -> None:
         self.ms, self.timers = list(ms) or [1.0], []
 
-    def timer(self, run: Callable[[int], Any], sets: int, capture: bool = True) -> FakeTimer:
+    def timer(self, run: Callable[[int], Any], sets: int, why_not: str = "") -> FakeTimer:
         for i in range(sets):
             run(i)
         self.timers.append(FakeTimer(self.ms[len(self.timers) % len(self.ms)]))
@@ -255,21 +255,39 @@ def test_missing_broken_and_wrong_engines_keep_their_place_and_say_why(monkeypat
 
 def test_engines_that_do_not_fit_together_are_timed_one_by_one() -> None:
     class Crowded(FakeClock):
-        def timer(self, run: Callable[[int], Any], sets: int, capture: bool = True) -> FakeTimer:
+        def timer(self, run: Callable[[int], Any], sets: int, why_not: str = "") -> FakeTimer:
             if sum(not t.freed for t in self.timers) >= 2:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-            return super().timer(run, sets, capture)
+            return super().timer(run, sets, why_not)
 
     rows, _ = bench(Crowded()).rows([row("rms_norm")], [100.0])
     ours = rows[0].passes[0].engines[0]
     assert ours.status == "timed" and "apart from the others" in ours.note
 
 
+def test_what_cannot_be_captured_is_not_tried_again_with_the_next_size() -> None:
+    asked: list[str] = []
+
+    class Refusing(FakeClock):
+        def timer(self, run: Callable[[int], Any], sets: int, why_not: str = "") -> FakeTimer:
+            timer = super().timer(run, sets, why_not)
+            asked.append(why_not)
+            if len(asked) == 4:  # hf's, after both ways of copying and ours
+                timer.method, timer.reason = "events", "not captured: AcceleratorError: it waited"
+            return timer
+
+    wanted = [row("rms_norm", tokens=t) for t in (24, 32)]
+    rows, _ = bench(Refusing()).rows(wanted, [100.0])
+    first, second = asked[: len(asked) // 2], asked[len(asked) // 2 :]
+    assert set(first) == {""} and second.count("not captured: AcceleratorError: it waited") == 1
+    assert rows[0].passes[0].engines[1].method == "events"
+
+
 def test_a_budget_ends_between_rows_and_names_what_it_left() -> None:
     class Slow(FakeClock):
-        def timer(self, run: Callable[[int], Any], sets: int, capture: bool = True) -> FakeTimer:
+        def timer(self, run: Callable[[int], Any], sets: int, why_not: str = "") -> FakeTimer:
             time.sleep(0.05)
-            return super().timer(run, sets, capture)
+            return super().timer(run, sets, why_not)
 
     wanted = [row("swiglu", tokens=t) for t in range(1, 30)]
     rows, left_out = bench(Slow(), budget=1.0).rows(wanted, [100.0])

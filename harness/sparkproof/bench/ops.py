@@ -43,6 +43,9 @@ class Bench:
     progress: Progress = lambda line: None
     started: float = field(default_factory=time.monotonic)
     slowest: float = 0.0
+    # (engine, op, pass) -> why its calls can't be captured. Not tried again with the next size: a capture that fails keeps
+    # its memory for good, and 19 of them left no room for rows of 16384 tokens on a GPU of 140 GiB.
+    uncaptured: dict[tuple[str, str, Pass], str] = field(default_factory=dict)
 
     def rows(self, wanted: Sequence[Row], copy_gb_s: list[float]) -> tuple[list[RowTimes], list[LeftOut]]:
         """Measure row by row until the budget ends: a row starts only if one like the longest so far still fits."""
@@ -128,8 +131,11 @@ class Bench:
             writes = op in engines.load(name).WRITES
             builders[name] = lambda call=call, writes=writes: _run(case, which, call, sets, writes)  # type: ignore[misc]
         yardsticks = self._yardsticks(case, which)
-        uncapturable = [name for name in calls if which == "step" and name != OURS]
-        timed, failed, alone = self._interleaved(yardsticks | builders, uncapturable)
+        # Other optimisers wait for the device in their step, which ends a capture and more than that.
+        why_not = {name: "not captured" for name in calls if which == "step" and name != OURS}
+        why_not |= {name: self.uncaptured[name, op, which] for name in calls if (name, op, which) in self.uncaptured}
+        timed, failed, alone = self._interleaved(yardsticks | builders, why_not)
+        self.uncaptured |= {(name, op, which): t.reason for name, t in timed.items() if t.method == "events"}
         for name, reason in failed.items():
             if name in status:
                 status[name].status, status[name].reason = "failed", reason
@@ -169,22 +175,22 @@ class Bench:
         return {n: (lambda n=n: way(n)) for n in ("copy by the driver", "copy by a kernel")}  # type: ignore[misc]
 
     def _interleaved(
-        self, builders: dict[str, Callable[[], tuple[Run, int]]], uncapturable: Sequence[str]
+        self, builders: dict[str, Callable[[], tuple[Run, int]]], why_not: dict[str, str]
     ) -> tuple[dict[str, Timed], dict[str, str], str]:
         """(name -> samples, name -> why it failed, a note): engines take turns, or go one by one where memory wants it."""
         with suppress(OUT_OF_MEMORY):
-            return *self._turns(builders, False, uncapturable), ""
+            return *self._turns(builders, False, why_not), ""
         free_memory()  # not in an except clause, where the traceback still holds what did not fit
         timed: dict[str, Timed] = {}
         failed: dict[str, str] = {}
         for name, build in builders.items():
-            one, wrong = self._turns({name: build}, True, uncapturable)
+            one, wrong = self._turns({name: build}, True, why_not)
             timed, failed = timed | one, failed | wrong
             free_memory()
         return timed, failed, "timed apart from the others, which did not fit beside it"
 
     def _turns(
-        self, builders: dict[str, Callable[[], tuple[Run, int]]], patient: bool, uncapturable: Sequence[str]
+        self, builders: dict[str, Callable[[], tuple[Run, int]]], patient: bool, why_not: dict[str, str]
     ) -> tuple[dict[str, Timed], dict[str, str]]:
         timers: dict[str, Timer] = {}
         failed: dict[str, str] = {}
@@ -192,8 +198,7 @@ class Bench:
         try:
             for name, build in builders.items():
                 try:
-                    # Other optimisers wait for the device in their step, which ends a capture and more than that.
-                    timers[name] = self.clock.timer(*build(), capture=name not in uncapturable)
+                    timers[name] = self.clock.timer(*build(), why_not.get(name, ""))
                 except OUT_OF_MEMORY as e:
                     if not patient:
                         raise

@@ -45,8 +45,8 @@ class Timer(Protocol):
 class Clock(Protocol):
     """What makes timers: a GPU's, or a test's."""
 
-    def timer(self, run: Run, sets: int, capture: bool = True) -> Timer:
-        """Warm up `run(i)` and make its timer; it uses `sets` sets of inputs in turn. Without `capture`: call by call."""
+    def timer(self, run: Run, sets: int, why_not: str = "") -> Timer:
+        """Warm up `run(i)` and make its timer; it uses `sets` sets of inputs in turn. `why_not`: no capture, call by call."""
 
     def copy(self, size: int) -> dict[str, tuple[Run, int]]:
         """Ways of copying that read and write `size` bytes in all: name -> (run, sets)."""
@@ -120,7 +120,7 @@ class GpuClock:
 
         return {"copy by the driver": (driver, count), "copy by a kernel": (kernel, count)}
 
-    def timer(self, run: Run, sets: int, capture: bool = True) -> Replay:
+    def timer(self, run: Run, sets: int, why_not: str = "") -> Replay:
         """Capture as many calls as a sample takes."""
         for i in range(2):
             run(i)
@@ -137,8 +137,8 @@ class GpuClock:
         estimate = 1e3 * (time.perf_counter() - start) / eager
         calls = min(MOST_CALLS, max(sets, math.ceil(TARGET_MS / max(1e-3, estimate))))
         calls = max(sets, calls // sets * sets)
-        if not capture:
-            return Replay(run, max(1, math.ceil(TARGET_MS / estimate)), None, 1, "events", "not captured", call_us)
+        if why_not:
+            return Replay(run, max(1, math.ceil(TARGET_MS / estimate)), None, 1, "events", why_not, call_us)
         try:
             graph = self._capture(run, calls, sets)
         except torch.cuda.OutOfMemoryError:
