@@ -1,6 +1,7 @@
-"""Tried inside the image, on any architecture and without a GPU: what is in it imports, compiles for GB10, and trains.
+"""Tried inside an image, on any architecture and without a GPU: what is in it imports, compiles for GB10, and trains.
 
-Prints a line for each; ends with an exception, or with "all of it works".
+`trial.py serve` tries vLLM's image: it imports up to the server, which without a GPU can't start, and compiles. Prints a line
+for each; ends with an exception, or with "all of it works".
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ PINNED = [
     "sparkproof",
 ]
 
+SERVED = ["torch", "triton", "transformers", "tokenizers", "safetensors", "vllm", "vllm.entrypoints.openai.api_server"]
+
 
 def timed(start: float) -> str:
     """Seconds since then."""
@@ -66,16 +69,20 @@ def contained() -> None:
     )
 
 
-def imports() -> None:
-    """Every pinned package."""
-    for name in PINNED:
+def imports(names: list[str]) -> None:
+    """Every one of these."""
+    for name in names:
         start = time.monotonic()
         module = importlib.import_module(name)
         print(f"import {name} {getattr(module, '__version__', '')} {timed(start)}", flush=True)
     import torch
 
     assert torch.version.cuda == "13.0", torch.version.cuda
-    # In a process of its own, since it changes what it imports; the variable lets it go without a GPU.
+
+
+def unsloth() -> None:
+    """The one that changes what it imports."""
+    # In a process of its own; the variable lets it go without a GPU.
     start = time.monotonic()
     env = os.environ | {"UNSLOTH_ALLOW_CPU": "1"}
     subprocess.run([sys.executable, "-c", "import unsloth; unsloth.FastLanguageModel"], env=env, check=True)
@@ -146,14 +153,17 @@ def lora_step() -> None:
     print(f"LoRA, 5 steps: loss {losses[0]:.3f} to {losses[-1]:.3f} {timed(start)}", flush=True)
 
 
-def main() -> None:
+def main(served: bool) -> None:
     """All of it."""
     contained()
-    imports()
+    imports(SERVED if served else PINNED)
+    if not served:
+        unsloth()
     compilers()
-    lora_step()
+    if not served:
+        lora_step()
     print("all of it works")
 
 
 if __name__ == "__main__":
-    main()
+    main("serve" in sys.argv[1:])

@@ -2,14 +2,16 @@
 # Build the image where there is no Docker engine and no way to NVIDIA's registry: on a Debian base, with buildah, and try it with
 # podman as a user would run it: read-only, without privileges, without network.
 #
-#   scripts/image_debian.sh [amd64|arm64] [cpu|none]
+#   scripts/image_debian.sh [amd64|arm64] [cpu|none|serve]
+#
+# cpu and none say which llama.cpp the image for training gets; serve builds vLLM's image instead.
 #
 # Needs root and, from Debian, buildah, podman, runc and mmdebstrap (for arm64 also qemu-user-static, arch-test and catatonit). Debian's Python
 # is 3.13, which the lock serves too; the CUDA side is compiled, never run. docs/image.md has what it takes in time and space.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-arch=${1:-amd64} llama=${2:-none}
+arch=${1:-amd64} what=${2:-none}
 base=localhost/sparkproof-debian:$arch
 image=localhost/sparkproof-debian-test:$arch
 work=${TMPDIR:-/tmp}/sparkproof-image-$arch
@@ -24,8 +26,13 @@ say() {
 }
 
 case $arch in amd64 | arm64) ;; *) stop "$arch is not known: amd64 or arm64." ;; esac
-case $llama in cpu | none) ;; *) stop "$llama is not known: cpu or none." ;; esac
-[ "$(id -u)" = 0 ] || stop "root is needed: sudo scripts/image_debian.sh $arch $llama"
+target=runtime lock=LOCK llama=none
+case $what in
+  cpu | none) llama=$what ;;
+  serve) target=serve lock=SERVE_LOCK image=localhost/sparkproof-debian-serve:$arch ;;
+  *) stop "$what is not known: cpu, none or serve." ;;
+esac
+[ "$(id -u)" = 0 ] || stop "root is needed: sudo scripts/image_debian.sh $arch $what"
 for tool in buildah podman runc mmdebstrap; do
   command -v "$tool" >/dev/null || stop "$tool is missing: sudo apt install buildah podman runc mmdebstrap"
 done
@@ -60,13 +67,13 @@ if ! podman image exists "$base"; then
   rm "$work/base.tar"
 fi
 
-say "building $image (llama.cpp: $llama)"
+say "building $image ($target, llama.cpp: $llama)"
 echo 'system-certs = true' > "$work/uv.toml"
 buildah --storage-driver "$(podman info --format '{{.Store.GraphDriverName}}')" bud "${isolation[@]}" --format docker --pull-never --layers --platform "linux/$arch" \
   --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 -v /etc/ssl/certs:/etc/ssl/certs:ro -v "$work/uv.toml:/etc/uv/uv.toml:ro" \
   --build-arg BASE_IMAGE="$base" --build-arg PYTHON=python3 --build-arg LLAMA="$llama" --build-arg COMPILE_BYTECODE="${COMPILE_BYTECODE:-1}" \
   --build-arg JOBS="$(nproc)" --build-arg REVISION="$(git rev-parse HEAD)" --build-arg VERSION="$(git describe --tags --always)" \
-  --build-arg LOCK="$(sha256sum docker/runtime.lock | cut -d' ' -f1)" --target runtime -t "$image" -f docker/Dockerfile .
+  --build-arg "$lock=$(sha256sum "docker/$target.lock" | cut -d' ' -f1)" --target "$target" -t "$image" -f docker/Dockerfile .
 podman image inspect "$image" --format 'image: {{.Architecture}} {{.Size}} bytes {{.Digest}}'
 
 # As a user runs it: nothing may be written but /tmp and the cache. Each step has a limit of its own; an emulated crash is a failure.
@@ -75,8 +82,15 @@ run() {
   shift
   timeout "$limit" "${podman[@]}" run --rm "${emulated[@]}" --network=none --read-only --cap-drop=all \
     --security-opt no-new-privileges --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 --shm-size 1g \
-    --tmpfs /tmp:rw,exec,mode=1777 --tmpfs /cache:rw,exec,mode=1777 -v "$PWD/docker/trial.py:/trial.py:ro" "$image" "$@"
+    --tmpfs /tmp:rw,exec,mode=1777 --tmpfs /cache:rw,exec,mode=1777 -v "$PWD/docker/trial.py:/trial.py:ro" \
+    --entrypoint sparkproof-entry "$image" "$@"
 }
+if [ "$target" = serve ]; then
+  say "imports up to the server, and a Triton compile for sm_121 by this architecture's ptxas"
+  run "$limit" python /trial.py serve
+  say "done"
+  exit
+fi
 say "imports, a Triton compile for sm_121 by this architecture's ptxas, and a LoRA step inside it"
 run "$limit" python /trial.py
 say "sparkproof doctor inside it (1 would say that it found an error of the machine)"
