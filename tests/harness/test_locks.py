@@ -164,6 +164,16 @@ def test_torch_of_another_cuda(site: Site, cuda: str | None, runtime: str, words
     assert any(words in p for p in site.problems())
 
 
+def test_a_compiler_of_another_release_than_the_runtime(site: Site) -> None:
+    site.wheel("nvidia-cuda-runtime", "13.0.96", tag="py3-none-any")
+    site.wheel("nvidia-nvvm", "13.0.88", tag="py3-none-any")
+    assert site.problems() == []
+    site.wheel("nvidia-cuda-nvcc", "13.5.37", tag="py3-none-any")
+    assert site.problems() == [
+        "nvidia-cuda-nvcc 13.5.37 is not of CUDA 13.0, of which the runtime is: name it among the inputs."
+    ]
+
+
 def test_bitsandbytes_without_code_for_gb10(site: Site) -> None:
     site.bitsandbytes(90, 120)  # PTX for 121 is there, and is not machine code
     assert [p.partition(": ")[2] for p in site.problems()] == [

@@ -76,6 +76,8 @@ def check(recipe: Recipe, folder: Path, source: Source, deep: bool) -> list[judg
     if not recipe.wheels:
         return seen
     seen.append(judge.cuda_release(pins))
+    if judge.RUNTIME in pins:
+        seen.append(judge.one_compiler(pins))
     wheels, missing = open_wheels(pins, source)
     seen.append(judge.Seen(f"{len(wheels)} pins have an aarch64 wheel with its hash", missing))
     out = requirements(folder, (recipe.overrides,)) if recipe.overrides else []

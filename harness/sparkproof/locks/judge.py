@@ -23,6 +23,8 @@ OTHER_CUDA = re.compile(r"-cu(?:da)?1[0-2](?:\d\d?)?$|\bcu1[12]\d?$")
 NUMBERED_AS_CUDA = re.compile(
     r"cuda-(python|bindings|toolkit)|nvidia-(cuda-(runtime|nvrtc|nvcc|cccl|crt|cupti)|cublas|nvvm|nvtx|nvjitlink)"
 )
+COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl")  # and its headers
+RUNTIME = "nvidia-cuda-runtime"
 BITSANDBYTES = r"bitsandbytes/libbitsandbytes_cuda13\d\.so"
 
 
@@ -124,6 +126,18 @@ def cuda_release(pins: dict[str, Pin]) -> Seen:
         f"{p.name} {p.version} is of another CUDA than {CUDA_MAJOR}." for p in numbered if p.version.major != CUDA_MAJOR
     ]
     return Seen(f"{len(numbered)} packages numbered as CUDA is are {CUDA_MAJOR}", problems)
+
+
+def one_compiler(pins: dict[str, Pin]) -> Seen:
+    """nvcc and its headers are of the runtime's own release: PTX of a later one is refused by a driver of this one."""
+    wanted = pins[RUNTIME].version.release[:2]
+    found = [pins[name] for name in COMPILER if name in pins]
+    release = ".".join(map(str, wanted))
+    problems = [
+        f"{p.name} {p.version} is not of CUDA {release}, of which the runtime is: name it among the inputs."
+        for p in found if p.version.release[:2] != wanted
+    ]  # fmt: skip
+    return Seen(f"nvcc and its headers, {len(found)} packages, are of CUDA {release}, as the runtime is", problems)
 
 
 @dataclass(frozen=True)
