@@ -143,6 +143,8 @@ SHAPES = {"llama31-8b": LLAMA, "qwen3-8b": ModelShape("Qwen3-8B", 36, 4096, 1228
         ("llama31-8b_8l_2x2048_budget", ""),
         ("llama31-8b_32l_2x2048_host_memory", "all"),
         ("llama31-8b_32l_2x2048_budget", ""),
+        ("llama31-8b_32l_4x4096_host_memory", "all"),
+        ("llama31-8b_32l_4x4096_budget", ""),
         ("llama31-8b_8l_4x4096_host_memory", "all"),
         ("llama31-8b_8l_4x4096_budget", ""),
         ("llama31-8b_8l_2x2048_packed16_host_memory", "all"),
