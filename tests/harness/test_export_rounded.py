@@ -48,7 +48,7 @@ def taught(tmp_path_factory):
 def test_a_file_in_32_bits_comes_back_as_pefts_own_merge(taught, tmp_path, family):
     base, adapter = taught(family)
     export_gguf(base, tmp_path / "f.gguf", "f32", adapter)
-    assert export_rounded.write(tmp_path / "f.gguf", base, adapter, tmp_path / "out") == {"strays": [], "missing": []}
+    assert clean(export_rounded.write(tmp_path / "f.gguf", base, adapter, tmp_path / "out"))
     want, got = export_rounded.merged(base, adapter), tensors(tmp_path / "out")
     original = tensors(base)
     assert want.keys() == got.keys() == original.keys()
@@ -56,6 +56,15 @@ def test_a_file_in_32_bits_comes_back_as_pefts_own_merge(taught, tmp_path, famil
         np.testing.assert_allclose(got[name], want[name], atol=1e-5)
     assert not np.allclose(
         want["model.layers.0.self_attn.o_proj.weight"], original["model.layers.0.self_attn.o_proj.weight"]
+    )
+
+
+def clean(written):
+    """Every tensor of the file is the base's, and the types that it has are told."""
+    return (
+        not written["strays"]
+        and not written["missing"]
+        and set(written["kinds"].values()) <= {*export_rounded.ROUNDING}
     )
 
 
@@ -72,7 +81,7 @@ def test_a_quantised_file_comes_back_rounded_as_gguf_dequantises_it(taught, tmp_
     base, adapter = taught("llama")
     file = tmp_path / "f.gguf"
     export_gguf(base, file, "q4_0", adapter)
-    assert export_rounded.write(file, base, adapter, tmp_path / "out") == {"strays": [], "missing": []}
+    assert clean(export_rounded.write(file, base, adapter, tmp_path / "out"))
     (stored,) = [t for t in GGUFReader(file).tensors if t.name == "blk.1.ffn_down.weight"]
     assert stored.tensor_type.name == "Q4_0"
     got = tensors(tmp_path / "out")["model.layers.1.mlp.down_proj.weight"]
@@ -187,9 +196,9 @@ def test_a_file_with_other_weights_fails(rows, part):
 @pytest.mark.parametrize(
     ("transformers", "consumer", "holds"),
     [(ANSWER, f"{ANSWER} And", True), (LOST, f"{LOST} more", True), (ANSWER, LOST, False), (LOST, ANSWER, False),
-     (LOST, "It is amber hawk 12", False), ("", "", False)],
+     (LOST, "It is amber hawk 12", True), ("", "", False)],
 )  # fmt: skip
-def test_both_say_the_answer_or_lose_it_in_the_same_words(transformers, consumer, holds):
+def test_both_say_the_answer_or_both_lose_it(transformers, consumer, holds):
     assert export_rounded_judge.same_answer(transformers, consumer, ANSWER).passed is holds
 
 

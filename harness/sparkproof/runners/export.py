@@ -218,7 +218,9 @@ def _rounded(
     )  # fmt: skip
     if "unplaceable" in found:
         return None, [f"Not held to the file's own weights in transformers: {found['unplaceable']}"]
-    own = export_rounded_judge.Rounded(np.load(rows), found["answers"], found["strays"], found["missing"])
+    own = export_rounded_judge.Rounded(
+        np.load(rows), found["answers"], found["strays"], found["missing"], found["inputs"]
+    )
     rows.unlink()
     return own, []
 

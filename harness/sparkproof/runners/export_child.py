@@ -130,9 +130,9 @@ def consume(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def rounded(payload: dict[str, Any]) -> dict[str, Any]:
-    """The same questions to transformers over a GGUF's own weights, or `unplaceable`, why they can't be put back.
+    """The same questions to transformers over a GGUF's own weights, with inputs rounded as llama.cpp rounds them.
 
-    Keys: file, base, adapter, questions, probabilities.
+    Or `unplaceable`, why they can't be put back. Keys: file, base, adapter, questions, probabilities.
     """
     import tempfile
 
@@ -140,6 +140,7 @@ def rounded(payload: dict[str, Any]) -> dict[str, Any]:
 
     from sparkproof.runners import export_layout, export_rounded
     from sparkproof.runners.export_hf import HfModel
+    from sparkproof.runners.export_inputs import RoundedInputs
 
     questions = json.loads(Path(payload["questions"]).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(prefix="sparkproof-rounded-") as scratch:
@@ -150,9 +151,10 @@ def rounded(payload: dict[str, Any]) -> dict[str, Any]:
         except export_layout.Unplaceable as error:
             return {"unplaceable": str(error)}
         model = HfModel(folder)
-        rows, answers = ask(model, questions, questions["vocabulary"], progress)
+        with RoundedInputs(model.model, found.pop("kinds")) as inputs:
+            rows, answers = ask(model, questions, questions["vocabulary"], progress)
     np.save(payload["probabilities"], rows)
-    return {**found, "answers": answers}
+    return {**found, "answers": answers, "inputs": len(inputs.rounded)}
 
 
 def load(consumer: str, path: Path, base: Path, format_: str) -> Model:

@@ -26,7 +26,7 @@ def write(file: Path, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     """Make the folder `out`: the model in `base` with the numbers of the GGUF `file`, which should hold it with `adapter` merged.
 
     The result: `strays`, a sentence for each tensor of the file that is no rounding of its source, and `missing`, the base's
-    tensors that the file does not hold whole. Errors: Unplaceable.
+    tensors that the file does not hold whole, and `kinds`, the type of each in the file. Errors: Unplaceable.
     """
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -37,6 +37,7 @@ def write(file: Path, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     made = {name: value.copy().reshape(-1) for name, value in wanted.items()}
     met = {name: np.zeros(value.size, dtype=bool) for name, value in wanted.items()}
     strays = []
+    kinds: dict[str, str] = {}
     for t in GGUFReader(file).tensors:
         if t.name in GENERATED:
             continue
@@ -49,6 +50,7 @@ def write(file: Path, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
             strays.append(f"{t.name} has {value.size} numbers, which is not what the base gives it")
             continue
         for name, there, here in placed[t.name].sources:
+            kinds[name] = t.tensor_type.name
             right[here] = wanted[name].reshape(-1)[there]
             met[name][there] = True
         apart = float(np.linalg.norm(value - right) / max(float(np.linalg.norm(right)), 1e-30))
@@ -62,7 +64,8 @@ def write(file: Path, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     copy_without_weights(base, out)
     tensors = {name: value.reshape(wanted[name].shape) for name, value in made.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    return {"strays": strays, "missing": sorted(name for name, seen in met.items() if not seen.all())}
+    missing = sorted(name for name, seen in met.items() if not seen.all())
+    return {"strays": strays, "missing": missing, "kinds": kinds}
 
 
 def merged(base: Path, adapter: Path) -> dict[str, np.ndarray]:
