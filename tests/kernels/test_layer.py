@@ -277,7 +277,11 @@ class Shelf:
 
 
 @pytest.mark.parametrize(
-    ("family", "sets"), [("llama", [NONE, {"residual", "gate_up0"}]), ("qwen3", [{"attention"}, ALL])]
+    ("family", "sets"),
+    [
+        ("llama", [NONE, {"residual", "gate_up0"}]),
+        pytest.param("qwen3", [{"attention"}, ALL], marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_kept_may_wait_elsewhere(twins, device, family, sets):
     theirs, ours = twins(family)
