@@ -272,7 +272,23 @@ def test_a_stack_of_experts_is_quantised_expert_by_expert():
 
 
 def test_a_family_of_sentencepiece_without_its_model_file_names_the_cure(tmp_path):
-    families.build("phi3").save_pretrained(tmp_path / "base")
-    export_tiny.make_tokenizer().save_pretrained(tmp_path / "base")
+    base = tmp_path / "base"
+    families.build("phi3").save_pretrained(base)
+    export_tiny.make_tokenizer().save_pretrained(base)
+    definition = json.loads((base / "tokenizer.json").read_text())
+    definition["model"]["byte_fallback"] = True  # as SentencePiece's become
+    (base / "tokenizer.json").write_text(json.dumps(definition))
     with pytest.raises(ExportError, match=r"Put the tokenizer\.model of the base's repository beside it"):
-        export_gguf(tmp_path / "base", tmp_path / "m.gguf", "f16")
+        export_gguf(base, tmp_path / "m.gguf", "f16")
+
+
+def test_byte_level_bpe_in_a_family_of_sentencepiece_is_written_as_that(tmp_path):
+    """Phi-4's tokenizer is one, and transformers 5 saves it under another class than the converter knows."""
+    model, tokenizer = families.build("phi3"), export_tiny.make_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    done = export_gguf(tmp_path / "base", tmp_path / "m.gguf", "f16", name="my-phi3-tune")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.ggml.model"].contents() == "gpt2"
+    assert fields["general.name"].contents() == "my-Phi 3-tune" and any("Phi 3" in n for n in done.notes)

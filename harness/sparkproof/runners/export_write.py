@@ -8,7 +8,7 @@ from typing import Any
 # How `export_gguf` says that llama.cpp has no place for a family, and `export_ollama` that Ollama can't say a chat template.
 UNKNOWN = ("NotImplementedError", "can't be written for Ollama", "llama.cpp can't run it")
 # And for the tokenizer of one that is made on the spot, which is no family's own. Of a real model these are failures.
-UNKNOWN_MADE = ("tokenizer.model", "which no known one does")
+UNKNOWN_MADE = ("which no known one does",)
 
 
 def write(format_: str, base: Path, name: str, adapter: Path, out: Path) -> dict[str, Any]:

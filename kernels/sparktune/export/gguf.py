@@ -33,7 +33,7 @@ from sparktune.export.llama_cpp_limits import complete
 from sparktune.export.lora import Adapter
 from sparktune.export.progress import Progress, silent
 from sparktune.export.tensors import Stored
-from sparktune.export.vocabulary import adds_ends, pre_tokenizer
+from sparktune.export.vocabulary import adds_ends, byte_level, name_for, pre_tokenizer
 
 FIX = "Export merged_16bit, or a model of a family that llama.cpp's converter knows."
 
@@ -183,10 +183,30 @@ def _model(convert: Any, gguf: Any, folder: Path, name: str, file_type: str) -> 
         except NotImplementedError:
             return pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()))
 
+    own_vocabulary = model.set_vocab
+
+    def vocabulary() -> None:
+        """Of a family with SentencePiece's file, byte-level BPE in its place is written as that.
+
+        Phi-4 is one; the converter knows it by the class that its tokenizer_config.json had before transformers 5 saved it.
+        """
+        try:
+            own_vocabulary()
+        except (FileNotFoundError, ValueError) as error:
+            if "tokenizer.model" not in str(error) or not byte_level(folder):
+                raise
+            model._set_vocab_gpt2()
+
     model.get_vocab_base_pre = by_definition
+    model.set_vocab = vocabulary
     model.prepare_tensors()
     model.ftype = gguf.LlamaFileType[file_type]
     model.prepare_metadata(vocab_only=False)
+    named = model.gguf_writer.kv_data[0]["general.name"]
+    fitting = name_for(named.value, folder)
+    if fitting != named.value:
+        notes.append(f"llama.cpp takes Phi-3's tokenizer by the model's name, so the file calls it '{fitting}'.")
+        named.value = fitting
     for key, value in adds_ends(folder).items():
         model.gguf_writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value, gguf.GGUFValueType.BOOL)
     _check_rows(model.gguf_writer)

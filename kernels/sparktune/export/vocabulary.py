@@ -10,6 +10,7 @@ serialises them, and one that is not in the list is an error, not a guess.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,42 @@ def pre_tokenizer(definition: dict[str, Any]) -> str:
         f"The tokenizer's pre-tokenizer is not known: {json.dumps(steps)[:300]} with ignore_merges={ignore_merges}.",
         f"Known: {', '.join(name for name, _, _ in PRE_TOKENIZERS)}. A guess would change the tokens silently.",
     )
+
+
+def byte_level(folder: Path) -> bool:
+    """Whether the folder's tokenizer is byte-level BPE, as GPT-2's was."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return False
+    definition = json.loads(file.read_text(encoding="utf-8"))
+    model, step = definition.get("model") or {}, definition.get("pre_tokenizer") or {}
+    steps = step.get("pretokenizers", [step])
+    return (
+        model.get("type") == "BPE"
+        and not model.get("byte_fallback")
+        and any(s.get("type") == "ByteLevel" for s in steps)
+    )
+
+
+PHI3 = re.compile("phi-?3", re.IGNORECASE)
+PHI3_TOKENS = frozenset({"</s>", "<unk>", "<s>", "<|endoftext|>"})
+
+
+def name_for(name: str, folder: Path) -> str:
+    """The name of a model that makes llama.cpp tokenise as its tokenizer does.
+
+    Where general.name has "phi-3" or "phi3" in it, and nowhere else, llama.cpp drops the white space right of special tokens, as
+    Phi-3's tokenizer does, and refuses a vocabulary without Phi-3's tokens, such as Phi-4's
+    (https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp). So a fine-tune that is named otherwise gets the word, and a
+    model that only is named so loses it.
+    """
+    file = folder / "tokenizer.json"
+    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", []) if file.is_file() else []
+    has_them = PHI3_TOKENS.issubset(t["content"] for t in added)
+    strips = has_them and any(t["special"] and t["rstrip"] for t in added)
+    if strips and not PHI3.search(name):
+        return f"{name} (Phi-3)"
+    return name if strips else PHI3.sub("Phi 3", name)
 
 
 def adds_ends(folder: Path) -> dict[str, bool]:
