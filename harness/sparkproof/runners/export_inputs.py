@@ -1,9 +1,9 @@
 """Transformers multiplying as llama.cpp does: where a weight is quantised, its product's other side is rounded to 8 bits first.
 
 ggml has no kernel for fp32 times four bits. It rounds the input of each product, a block at a time, to 8-bit integers: 32 numbers
-to Q8_0 beside the older types, 256 to Q8_K beside K-quants. Next to a format's own loss that is little, until a router
-stands on an edge: of a tiny DeepSeek V3 in q5_k_m it is 0.0115 of the 0.0155 nats that lie between plain transformers over the
-file's weights and llama.cpp, most of it at one token that other experts take.
+to Q8_0 beside the older types, 256 to Q8_K beside K-quants. Next to a format's own loss that is mostly little, and can look
+like a wrong file: of a tiny DeepSeek V3 in q5_k_m it is 0.0115 of the 0.0155 nats that lie between plain transformers over the
+file's weights and llama.cpp, most of it at one token of 36.
 """
 
 from __future__ import annotations
