@@ -299,6 +299,7 @@ def test_what_is_kept_may_wait_elsewhere(twins, device, family, sets):
     agree(ours, theirs, batch(device), exact=first)  # without checkpointing all stay
 
 
+@pytest.mark.slow
 def test_some_strips_may_wait_elsewhere(twins, device, three_strips):
     theirs, ours = twins("llama")
     keep(ours, NONE)
@@ -524,7 +525,7 @@ class TestHeldWeights:
         found = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
         assert families.worst(found, wanted)[0] < 2e-5
 
-    @pytest.mark.parametrize("change", ["in place", "other memory", "another factor"])
+    @pytest.mark.parametrize("change", ["in place", pytest.param("other memory", marks=SLOW), "another factor"])
     def test_a_weight_that_changed_is_written_again(self, twins, device, change):
         theirs, ours = twins("llama")
         keep(ours, ALL | {WEIGHTS})
