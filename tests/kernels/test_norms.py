@@ -11,6 +11,7 @@ from sparktune.ops.layer_norm import layer_norm
 from sparktune.ops.qk_norm_rope import backward_into, qk_norm_rope
 from sparktune.ops.qk_norm_rope import reference as qk_norm_rope_reference
 from sparktune.ops.rms_norm import rms_norm
+from sparktune.ops.rope import reference as rope_reference
 from sparktune.ops.rope import rope, rotate
 from sparktune.ops.rope_tables import RopeParameters, rope_tables
 
@@ -127,6 +128,26 @@ def test_more_sequences_than_a_launch_takes_come_in_several(device, monkeypatch,
     dispatch.reset()
     assert all(map(torch.equal, both(), whole))
     assert set(dispatch.launches().values()) == {2}
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_more_sequences_than_a_launch_of_rope_takes_come_in_several(device, monkeypatch, interleaved):
+    from sparktune.ops import rope as module
+
+    q, k = (normal(device, 3, 2, n, 20, seed=n).requires_grad_() for n in (3, 2))
+    cos, sin = (t[:8] for t in rope_tables(RopeParameters(16), 8, device))
+    at = torch.tensor([[0, 1], [7, 6], [3, 3]], device=device)
+
+    def both():
+        out = rope(q, k, cos, sin, at, interleaved)
+        return *out, *torch.autograd.grad(out, (q, k), out)
+
+    whole = both()
+    assert all(map(torch.equal, whole, rope_reference(q, k, cos, sin, at, interleaved)))
+    monkeypatch.setattr(module, "BATCHES", 2)
+    dispatch.reset()
+    assert all(map(torch.equal, both(), whole))
+    assert set(dispatch.launches().values()) == {4}  # two each way
 
 
 def test_frozen_weights_get_no_gradient_and_no_sums(device, monkeypatch):
