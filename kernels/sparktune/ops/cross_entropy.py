@@ -156,12 +156,13 @@ class Config:
         and 95; of 1024 short ones 8 warps had 73% for 69 with 16, and of 1024 long ones 16 warps with two loads 89 for 85 with 8.
         """
         full = 128 if itemsize == 2 else 64  # lanes a warp: four loads a thread
+        more = 2 if p.sm_10x else 1  # warps, with two loads a thread: four spill there
         if n <= cls.SMALL:
             return cls(full // 2, 1)
         if backward:
-            return cls(full, 1)
+            return cls(full, more)
         if m >= cls.MANY * p.sm_count:
-            return cls(full, 1) if n <= cls.SHORT else cls(4 * full, 4)
+            return cls(full, 1) if n <= cls.SHORT else cls(4 * full, 4 * more)
         warps = 8 if n <= cls.SHORT else 16
         return cls(full // 2 * warps, warps)
 
