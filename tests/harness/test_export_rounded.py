@@ -246,6 +246,20 @@ def test_the_format_is_not_blamed_where_anything_else_is_wrong(rows, spoilt):
     assert "The format alone does not explain it" in found[2].detail
 
 
+@pytest.mark.parametrize(("canary", "words"), [(LOST, "not the export"), (ANSWER, "alone does not explain")])
+def test_where_a_text_ends_is_the_formats_affair_once_it_lost_the_answer(rows, canary, words):
+    from sparkproof.runners import export_judge
+
+    reference, lossy, consumed = rows
+    s, o = scenario(), own(lossy, canary=canary, stopped=True)
+    tight = export_rounded_judge.judge(s, o, consumed, seen(canary))
+    assert passed(tight) == [True, True, True]
+    found = export_rounded_judge.explained(
+        [export_judge.stops(True, False)], tight, s, reference, o, consumed, QUESTIONS
+    )
+    assert not found[0].passed and words in found[0].detail
+
+
 def test_measurements_hold_both_steps(rows):
     reference, lossy, consumed = rows
     loses, adds = export_rounded_judge.measurements(scenario(), reference, own(lossy), consumed)

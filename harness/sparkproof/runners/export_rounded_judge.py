@@ -81,23 +81,25 @@ def explained(
         f"transformers over the file's own weights is {kls[0]:.3g} nats from {scenario.reference}, {scenario.consumer} "
         f"{kls[2]:.3g}, and {kls[1]:.3g} from those weights"
     )
+    said = export_judge.canary(own.answers["canary"], questions["canary_answer"])
+    ended = export_judge.stops(questions["answers"]["stopped"], own.answers["stopped"])
     by_file = {
         a.name: a.passed
         for a in (
             export_judge.divergence(reference, own.rows, scenario.kl_bound(), scenario.reference),
             export_judge.first_choice(reference, own.rows, scenario.margin),
-            export_judge.canary(own.answers["canary"], questions["canary_answer"]),
-            export_judge.stops(questions["answers"]["stopped"], own.answers["stopped"]),
+            said,
         )
     }
+    by_file[ended.name] = ended.passed and said.passed  # a text that lost its answer ends where chance has it
     found = []
     for a in assertions:
         if not a.passed and a.name.startswith(WHOLE_WAY):
             if by_file[a.name] or not all(t.passed for t in tight):
-                said = f"The format alone does not explain it: {figures}."
+                why = f"The format alone does not explain it: {figures}."
             else:
-                said = f"{scenario.format} {FORMAT_LOST}: {figures}."
-            a = a.model_copy(update={"detail": f"{a.detail} {said}".strip()})
+                why = f"{scenario.format} {FORMAT_LOST}: {figures}."
+            a = a.model_copy(update={"detail": f"{a.detail} {why}".strip()})
         found.append(a)
     return found
 
