@@ -55,11 +55,7 @@ def pre_tokenizer(definition: dict[str, Any]) -> str:
             f"The tokenizer is {model.get('type')}, not byte-level BPE.",
             "Only byte-level BPE is exported to GGUF here.",
         )
-    step = definition.get("pre_tokenizer") or {}
-    steps = [
-        {k: v for k, v in s.items() if k != "trim_offsets"}  # offsets are not tokens
-        for s in (step.get("pretokenizers", [step]) if step else [])
-    ]
+    steps = [{k: v for k, v in s.items() if k != "trim_offsets"} for s in _steps(definition)]  # offsets are not tokens
     ignore_merges = bool(model.get("ignore_merges"))
     if definition.get("normalizer") == {"type": "NFC"} and steps == QWEN2 and not ignore_merges:
         return "qwen2"
@@ -79,17 +75,22 @@ def pre_tokenizer(definition: dict[str, Any]) -> str:
 
 def byte_level(folder: Path) -> bool:
     """Whether the folder's tokenizer is byte-level BPE, as GPT-2's was."""
+    definition = _definition(folder)
+    model = definition.get("model") or {}
+    in_bytes = any(s.get("type") == "ByteLevel" for s in _steps(definition))
+    return model.get("type") == "BPE" and not model.get("byte_fallback") and in_bytes
+
+
+def _definition(folder: Path) -> dict[str, Any]:
+    """What tokenizer.json says; nothing where there is none."""
     file = folder / "tokenizer.json"
-    if not file.is_file():
-        return False
-    definition = json.loads(file.read_text(encoding="utf-8"))
-    model, step = definition.get("model") or {}, definition.get("pre_tokenizer") or {}
-    steps = step.get("pretokenizers", [step])
-    return (
-        model.get("type") == "BPE"
-        and not model.get("byte_fallback")
-        and any(s.get("type") == "ByteLevel" for s in steps)
-    )
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _steps(definition: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pre-tokenizer's steps, of a sequence or alone."""
+    step = definition.get("pre_tokenizer") or {}
+    return list(step.get("pretokenizers", [step])) if step else []
 
 
 PHI3 = re.compile("phi-?3", re.IGNORECASE)
@@ -104,8 +105,7 @@ def name_for(name: str, folder: Path) -> str:
     (https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp). So a fine-tune that is named otherwise gets the word, and a
     model that only is named so loses it.
     """
-    file = folder / "tokenizer.json"
-    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", []) if file.is_file() else []
+    added = _definition(folder).get("added_tokens", [])
     has_them = PHI3_TOKENS.issubset(t["content"] for t in added)
     strips = has_them and any(t["special"] and t["rstrip"] for t in added)
     if strips and not PHI3.search(name):
